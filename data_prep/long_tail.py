@@ -1,0 +1,171 @@
+"""Long-tailed splits: how many images of each class are labeled, unlabeled and held out, and which."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from semi_fast import philox
+from semi_fast.manifest import Manifest, Split, find_split, load_split, true_counts
+from semi_fast.schema.split import SplitConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a published protocol does within a class."""
+
+    shuffle: Literal["never", "unless seed is 0", "always"]
+    labeled_in_unlabeled: bool
+    """Whether the unlabeled set begins, class by class, with the labeled images."""
+
+
+# The protocols by their properties; the random streams are ours, so index lists made by their code do not carry over.
+# semi   first N_k in file order; no seed (SeMi, ACR).
+# cossl  the same, but each class is shuffled when the seed is not 0 (CoSSL; there with numpy's global generator).
+# daso   the labeled images leave the unlabeled set; each class shuffled by the seed (DASO, which also always holds
+#        validation images out: here `validation_per_class` says so for every rule).
+# usb    as daso (USB draws its permutations from the global generator and holds nothing out). At one seed daso and usb
+#        choose the same images here; both names exist so that a run says whose protocol it follows.
+RULES = {
+    "semi": Rule(shuffle="never", labeled_in_unlabeled=True),
+    "cossl": Rule(shuffle="unless seed is 0", labeled_in_unlabeled=True),
+    "daso": Rule(shuffle="always", labeled_in_unlabeled=False),
+    "usb": Rule(shuffle="always", labeled_in_unlabeled=False),
+}
+
+SHAPES = ("consistent", "uniform", "reversed")
+
+
+def class_counts(maximum: int, num_classes: int, ratio: float) -> list[int]:
+    """int(maximum * r**k), r = (1/ratio)**(1/(K-1)) in float64; the last int(maximum / ratio) (as SeMi and ACR)."""
+    if num_classes < 2:
+        raise ValueError(f"a long tail needs at least 2 classes; got {num_classes}")
+    if not 1 <= ratio < math.inf:
+        raise ValueError(f"an imbalance ratio must be at least 1 (largest over smallest class); got {ratio}")
+    r = (1 / ratio) ** (1 / (num_classes - 1))
+    return [int(maximum * r**k) for k in range(num_classes - 1)] + [int(maximum / ratio)]
+
+
+def split_for(manifest: Manifest, name: str, config: SplitConfig) -> Split:
+    """The split a training config asks for: the file it names, else one made from its keys."""
+    if config.file is not None:
+        return load_split(find_split(manifest, config.file), manifest)
+    return make_split(manifest, name, config)
+
+
+def make_split(manifest: Manifest, name: str, config: SplitConfig) -> Split:
+    """Cut a split by `config` (its `file` is not looked at); ids class by class, in the rule's order within.
+
+    Per class, in that order: the last `validation_per_class` rows are held out, the first N_k are labeled, the next M_k
+    unlabeled; N_k or M_k without a maximum is whatever remains. With `labeled_in_unlabeled` the labeled rows come
+    before the M_k in the unlabeled set. `unlabeled_max=0` keeps all train rows out of the unlabeled set, labeled ones
+    too. The manifest's unlabeled part, where there is one, is always added whole (STL-10: semi with unlabeled_max=0).
+    """
+    _check(config)
+    rule, labels, num_classes = RULES[config.rule], manifest.labels("train"), manifest.num_classes
+    order = _class_orders(labels, num_classes, rule, config.seed)
+    held = config.validation_per_class
+    available = [len(rows) - held for rows in order]
+    labeled_counts = (
+        available
+        if config.labeled_max is None
+        else class_counts(config.labeled_max, num_classes, config.imbalance_labeled)
+    )
+    unlabeled_counts = (
+        [a - n for a, n in zip(available, labeled_counts, strict=True)]
+        if config.unlabeled_max is None
+        else _unlabeled_counts(config, num_classes)
+    )
+    _check_available(manifest, config, labeled_counts, unlabeled_counts, available)
+
+    labeled = _join([rows[:n] for rows, n in zip(order, labeled_counts, strict=True)])
+    unlabeled_parts = [np.zeros(0, np.int64)]
+    if config.unlabeled_max != 0:
+        for rows, n, m in zip(order, labeled_counts, unlabeled_counts, strict=True):
+            unlabeled_parts.append(rows[0 if rule.labeled_in_unlabeled else n : n + m])
+    unlabeled_parts.append(np.arange(len(labels), len(labels) + manifest.length("unlabeled")))
+    unlabeled = _join(unlabeled_parts)
+    if config.unlabeled_max != 0 and len(unlabeled) == 0:
+        raise ValueError(
+            f"split.rule={config.rule} keeps labeled images out of the unlabeled set, and no other is left; set "
+            "split.labeled_max, use split.rule=semi, or split.unlabeled_max=0 for supervised training alone"
+        )
+    counts = true_counts(manifest, labeled, unlabeled)
+    return Split(
+        name=name,
+        rule=config.rule,
+        parameters=_parameters(config),
+        manifest_sha256=manifest.sha256,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        validation=_join([rows[len(rows) - held :] for rows in order]),
+        labeled_counts=counts[0],
+        unlabeled_counts=counts[1],
+    )
+
+
+def _parameters(config: SplitConfig) -> dict[str, Any]:
+    """Every key but `file`; 100 and 100.0 from a flag and a YAML file give one digest."""
+    parameters = {key: value for key, value in asdict(config).items() if key != "file"}
+    return parameters | {key: float(parameters[key]) for key in ("imbalance_labeled", "imbalance_unlabeled")}
+
+
+def _class_orders(labels: np.ndarray, num_classes: int, rule: Rule, seed: int) -> list[np.ndarray]:
+    """Train rows of each class, int64 [n_k], in the order in which the rule takes them."""
+    orders = [np.flatnonzero(labels == k) for k in range(num_classes)]
+    if rule.shuffle == "never" or (rule.shuffle == "unless seed is 0" and seed == 0):
+        return orders
+    return [philox.shuffled(rows, seed, philox.SPLIT, 0) for rows in orders]
+
+
+def _unlabeled_counts(config: SplitConfig, num_classes: int) -> list[int]:
+    assert config.unlabeled_max is not None
+    if config.unlabeled_shape == "uniform":
+        return [config.unlabeled_max] * num_classes
+    counts = class_counts(config.unlabeled_max, num_classes, config.imbalance_unlabeled)
+    return counts[::-1] if config.unlabeled_shape == "reversed" else counts
+
+
+def _join(rows: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(rows).astype(np.int64)
+
+
+def _check(config: SplitConfig) -> None:
+    if config.rule not in RULES:
+        raise ValueError(f"split.rule must be one of {', '.join(RULES)}; got {config.rule!r}")
+    if config.unlabeled_shape not in SHAPES:
+        raise ValueError(f"split.unlabeled_shape must be one of {', '.join(SHAPES)}; got {config.unlabeled_shape!r}")
+    for key, lowest in (("labeled_max", 1), ("unlabeled_max", 0), ("validation_per_class", 0), ("seed", 0)):
+        value = getattr(config, key)
+        if value is not None and value < lowest:
+            raise ValueError(f"split.{key} must be at least {lowest}; got {value}")
+    if config.seed >= 2**64:
+        raise ValueError(f"split.seed must be below 2**64; got {config.seed}")
+    for key, maximum in (("imbalance_labeled", "labeled_max"), ("imbalance_unlabeled", "unlabeled_max")):
+        ratio = getattr(config, key)
+        if not 1 <= ratio < math.inf:
+            raise ValueError(f"split.{key} must be at least 1 (largest over smallest class); got {ratio}")
+        if ratio != 1 and getattr(config, maximum) is None:
+            raise ValueError(f"split.{key}={ratio} needs split.{maximum}, the largest class's count; got null")
+    if config.unlabeled_shape != "consistent" and config.unlabeled_max is None:
+        raise ValueError(f"split.unlabeled_shape={config.unlabeled_shape} needs split.unlabeled_max; got null")
+
+
+def _check_available(
+    manifest: Manifest, config: SplitConfig, labeled: list[int], unlabeled: list[int], available: list[int]
+) -> None:
+    for name, n, m, a in zip(manifest.class_names, labeled, unlabeled, available, strict=True):
+        if n <= 0 and a > 0:
+            raise ValueError(
+                f"every class needs a labeled image; {name!r} gets {n} of {a}: raise split.labeled_max "
+                f"(now {config.labeled_max}) or lower split.imbalance_labeled (now {config.imbalance_labeled})"
+            )
+        if a <= 0 or n > a or n + m > a:
+            held = config.validation_per_class
+            raise ValueError(
+                f"class {name!r} has {a + held} train images, but {max(n, 0)} labeled + {max(m, 0)} unlabeled + {held} "
+                "held out are asked for; lower split.labeled_max, split.unlabeled_max or split.validation_per_class"
+            )

@@ -1,0 +1,27 @@
+"""Readers of raw data: each returns a `Raw`, whose pixels come in blocks and may be larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A raw data set: what is known before its pixels are read, and the pixels once."""
+
+    dataset: str
+    class_names: tuple[str, ...]
+    resolution: tuple[int, int]
+    labels: dict[str, np.ndarray]
+    """int64 [n] of `train` and `test`."""
+    num_unlabeled: int
+    blocks: Iterator[tuple[str, np.ndarray]]
+    """(part, uint8 [m, H, W, 3]) in row order, parts in the order train, test, unlabeled; raises on bad input."""
+    source: dict[str, Any]
+    """Filled at the latest when `blocks` is exhausted."""
+    statistics: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    """Published mean and std of pixels / 255; None: computed on train."""

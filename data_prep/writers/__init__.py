@@ -1,0 +1,1 @@
+"""Writers of prepared pixels: each takes a `Raw` and fills a directory that is not published yet."""

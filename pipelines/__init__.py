@@ -1,0 +1,1 @@
+"""From prepared bytes to the rows and views of a step."""

@@ -1,0 +1,119 @@
+"""Checkpoints: a directory is published whole and verified, or it does not exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from semi_fast.manifest import file_sha256
+from semi_fast.sealed_json import fsync_directory, read_json
+
+TENSORS, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def sync(path: Path) -> None:
+    """Force a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dict[str, Any], *, keep: int) -> Path:
+    """Publish `root/step_%09d` and drop all but the `keep` newest: files and manifest are forced to the disk before
+    the rename, the parent after it.
+
+    Raises RuntimeError and publishes nothing if a tensor is not finite or the disk refuses.
+    """
+    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors}
+    for name, tensor in held.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RuntimeError(f"checkpoint of step {step}: {name} is not finite; nothing was saved")
+    final, hidden = root / f"step_{step:09d}", root / f".tmp-{os.getpid()}-{step}"
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(".tmp-*"):
+        shutil.rmtree(left)
+    hidden.mkdir()
+    try:
+        save_file({name: tensor.clone() for name, tensor in held.items()}, hidden / TENSORS)
+        (hidden / META).write_text(json.dumps(meta, sort_keys=True))
+        files = {}
+        for name in (TENSORS, META):
+            sync(hidden / name)
+            files[name] = {"bytes": (hidden / name).stat().st_size, "sha256": file_sha256(hidden / name)}
+        (hidden / MANIFEST).write_text(json.dumps({"step": step, "files": files}, sort_keys=True))
+        sync(hidden / MANIFEST)
+        fsync_directory(hidden)
+        if final.exists():
+            shutil.rmtree(final)
+        hidden.rename(final)
+        fsync_directory(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise RuntimeError(f"checkpoint of step {step} could not be written to {root}: {error} (disk full?)") from error
+    for old in published(root)[keep:]:
+        retired = old.with_name(f".del-{old.name}")
+        old.rename(retired)
+        shutil.rmtree(retired)
+    return final
+
+
+def published(root: Path) -> list[Path]:
+    """The checkpoint directories under `root`, newest first."""
+    return sorted((p for p in root.glob("step_*") if p.is_dir()), reverse=True)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint after verifying every byte against its manifest; ValueError in one line if it fails."""
+    try:
+        manifest = read_json(path / MANIFEST)
+        for name in (TENSORS, META):
+            if file_sha256(path / name) != manifest["files"][name]["sha256"]:
+                raise ValueError(f"{name} does not match its digest")
+        return Checkpoint(path, load_file(path / TENSORS), read_json(path / META))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}); use another one, or --resume auto") from error
+
+
+def newest(root: Path, warn: Any) -> Checkpoint | None:
+    """The newest checkpoint under `root` that verifies; calls `warn` with a line for every newer one that does not."""
+    for path in published(root):
+        try:
+            return load(path)
+        except ValueError as error:
+            warn(f"skipped: {error}")
+    return None
+
+
+def restore(targets: Iterable[tuple[str, Tensor]], tensors: dict[str, Tensor]) -> None:
+    """Copy saved tensors into their storage; ValueError unless names, shapes and types are the same on both sides."""
+    held = dict(targets)
+    if held.keys() != tensors.keys():
+        odd = sorted(held.keys() ^ tensors.keys())[0]
+        raise ValueError(f"checkpoint does not fit this run: {odd} is on one side only; start a new run_dir")
+    with torch.no_grad():
+        for name, target in held.items():
+            saved = tensors[name]
+            if saved.shape != target.shape or saved.dtype != target.dtype:
+                raise ValueError(
+                    f"checkpoint does not fit this run: {name} is {tuple(saved.shape)} {saved.dtype} there and "
+                    f"{tuple(target.shape)} {target.dtype} here; start a new run_dir"
+                )
+            target.copy_(saved)

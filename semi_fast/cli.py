@@ -1,0 +1,157 @@
+"""The command line: `semi-fast <command>`; the only place that parses arguments."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from semi_fast import __version__
+from semi_fast.schema.config import Config
+
+TRAIN_HELP = """semi-fast train --config FILE [--key=value ...]
+
+Every key of the configuration is a flag (`--optim.lr=0.1`); defaults < file < flags, wherever a flag stands.
+`accelerate launch -m semi_fast.train` takes the same arguments. `semi-fast train --help` lists the keys."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """The configuration that the arguments of `semi-fast train` describe; ValueError in one line if they do not."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from semi_fast.schema.yaml_file import check_file
+
+    parser = ArgumentParser(prog="semi-fast train", exit_on_error=False, description=TRAIN_HELP)
+    parser.add_argument("--config", action="config", help="YAML file of keys; may be given more than once")
+    parser.add_class_arguments(Config)
+    files, flags = ordered(argv)
+    for file in files:
+        check_file(Path(file))
+    try:
+        parsed = parser.parse_args([*(f"--config={file}" for file in files), *flags])
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    del parsed["config"]
+    values = parser.instantiate(parsed)
+    return Config(**{key: values[key] for key in Config.__dataclass_fields__})
+
+
+def ordered(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(configuration files, flags as `--key=value`), with `-` and `_` the same and every key known and whole."""
+    from semi_fast.schema.yaml_file import check_keys
+
+    files: list[str] = []
+    flags: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            flags.append("--help")
+            continue
+        if not word.startswith("--"):
+            raise ValueError(f"arguments are flags, --key=value; got {word!r}")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value: --{name}=VALUE")
+            value = words.pop(0)
+        key = name.replace("-", "_")
+        if key == "config":
+            files.append(value)
+        else:
+            check_keys([key], "command line")
+            flags.append(f"--{key}={value}")
+    return files, flags
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command but train, whose flags are the configuration's keys."""
+    parser = OneLineParser(prog="semi-fast", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+
+    command("train", "train as a configuration says (all its keys: semi-fast train --help)")
+    prepare = command("prepare", "turn raw data into a prepared data set")
+    prepare.add_argument("dataset", choices=["cifar10", "cifar100", "folder", "digits"])
+    prepare.add_argument("--raw", metavar="DIR", help="the raw data as published, or a folder train/<class>/*, test/<class>/*")
+    prepare.add_argument("--out", required=True, metavar="DIR", help="where the prepared data set goes")
+    prepare.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images (folder, digits)")
+
+    split = command("split", "write a hashed split file: labeled, unlabeled and validation samples")
+    split.add_argument("data", metavar="DATA")
+    split.add_argument("--name", required=True, help="the file is DATA/splits/NAME.json")
+    split.add_argument("--labeled-max", type=int, metavar="N1", help="labeled images of the largest class")
+    split.add_argument("--unlabeled-max", type=int, metavar="M1", help="unlabeled images of the largest class")
+    split.add_argument("--imbalance-labeled", type=float, default=1.0, metavar="G", help="largest over smallest class")
+    split.add_argument("--imbalance-unlabeled", type=float, default=1.0, metavar="G", help="largest over smallest class")
+    split.add_argument("--unlabeled-shape", choices=["consistent", "uniform", "reversed"], default="consistent")
+    split.add_argument("--rule", choices=["semi", "daso", "cossl", "usb"], default="semi", help="whose protocol")
+    split.add_argument("--validation-per-class", type=int, default=0, metavar="V")
+    split.add_argument("--seed", type=int, default=0)
+
+    inspect = command("inspect", "print classes, counts and splits of a prepared data set")
+    inspect.add_argument("data", metavar="DATA")
+    verify = command("verify", "hash a prepared data set again and compare")
+    verify.add_argument("data", metavar="DATA")
+    report = command("report", "write one page over one or several runs")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("--out", metavar="FILE", help="default: report.html in the run, or in the folder of the first")
+    return parser
+
+
+def run_command(argv: list[str]) -> int:
+    """Carry out one command; returns the exit code."""
+    if argv[:1] == ["train"]:
+        config = parse_config(argv[1:])
+        from semi_fast.train import guarded
+
+        return guarded(config)
+    arguments = vars(make_parser().parse_args([normal(word) for word in argv]))
+    name = arguments.pop("command")
+    if name == "report":
+        from semi_fast.report import write_report
+
+        runs = [Path(run) for run in arguments["runs"]]
+        default = (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
+        print(write_report(runs, Path(arguments["out"] or default)))
+        return 0
+    from semi_fast.data_prep import commands
+
+    {"prepare": commands.prepare, "split": commands.split, "inspect": commands.inspect, "verify": commands.verify}[name](
+        **arguments
+    )
+    return 0
+
+
+def normal(word: str) -> str:
+    """`--labeled_max=5` as `--labeled-max=5`; values stay as they are."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point: expected failures are one line and exit code 2 (the user's to mend) or 3 (the machine's)."""
+    try:
+        return run_command(list(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        print(f"semi-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"semi-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

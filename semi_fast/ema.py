@@ -1,0 +1,26 @@
+"""The average of a model's weights over the steps."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """A second model: parameters are averaged, buffers (batch-normalisation statistics) are copied."""
+
+    def __init__(self, model: nn.Module):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.parameters = list(self.model.parameters()), list(model.parameters())  # averaged, current
+        self.buffers = list(self.model.buffers()), list(model.buffers())
+
+    @torch.no_grad()
+    def update(self, weight: Tensor) -> None:
+        """average += weight * (current - average), `weight` a scalar tensor; in place, without waiting."""
+        averaged, current = self.parameters
+        change = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(change, weight.to(averaged[0].dtype))
+        torch._foreach_add_(averaged, change)
+        torch._foreach_copy_(*self.buffers)

@@ -1,0 +1,141 @@
+"""What a run leaves in its directory beside checkpoints: metrics, provenance, status; and its lines on the screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PACKAGES = ("semi-fast", "torch", "torchvision", "timm", "numpy", "accelerate", "safetensors", "pillow", "triton")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: a reader sees the old or the new content."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    with hidden.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    hidden.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file whole; a number that is not finite is an error."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def hardware(device: torch.device) -> str:
+    """The device in words: the GPU's name, or the CPU's with the cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+
+
+def commit() -> str:
+    """The commit of the checkout that runs, with `+changes` where files differ from it; `unknown` outside one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", __file__)
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "") if tracked else "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides results, by distribution."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
+    """What `env.json` holds."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": commit(),
+        "device": str(device),
+        "hardware": hardware(device),
+        "platform": platform.platform(),
+        "precision": precision,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one record a line, appended; a resumed run cuts it back to where its checkpoint was made."""
+
+    def __init__(self, path: Path, offset: int):
+        """Raises ValueError if the file is shorter than `offset` bytes."""
+        self.path = path
+        path.touch()
+        if path.stat().st_size < offset:
+            raise ValueError(f"{path} is shorter than the checkpoint says ({offset} bytes); start a new run_dir")
+        os.truncate(path, offset)
+
+    def append(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        with self.path.open(encoding="utf-8") as file:
+            found = [json.loads(line) for line in file]
+        return [record for record in found if record["kind"] == kind]
+
+    @property
+    def offset(self) -> int:
+        return self.path.stat().st_size
+
+
+class Screen:
+    """Progress of a run: a bar with rate and time left on a terminal, one plain line per interval elsewhere."""
+
+    def __init__(self, title: str, *, steps: int, start: int, quiet: bool):
+        self.steps, self.began, self.start, self.quiet = steps, time.monotonic(), start, quiet
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[news]}"), console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task(title, total=steps, completed=start, news="")
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def news(self, step: int, text: str) -> None:
+        """Where the run is."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, news=text)
+            return
+        left = (time.monotonic() - self.began) / max(step - self.start, 1) * (self.steps - step)
+        self.line(f"step {step}/{self.steps}  {text}  left {int(left) // 60}:{int(left) % 60:02d}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()

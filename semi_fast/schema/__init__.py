@@ -1,0 +1,1 @@
+"""Frozen dataclasses of the config, one file per owner; torch-free."""

@@ -1,0 +1,40 @@
+"""Configuration of the data set, the batch and the views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which prepared data set is read, and how."""
+
+    path: str = ""
+    """Directory that `semi-fast prepare` wrote."""
+    source: Literal["auto", "resident"] = "auto"
+    """How rows reach the device: `resident` keeps all pixels in the memory of the training device."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The global batch of one step; several processes divide it."""
+
+    labeled: int = 64
+    """Labeled images per step (B)."""
+    unlabeled_ratio: int = 1
+    """Unlabeled images per labeled image (mu): U = B * mu."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """The weak and strong views."""
+
+    flip: bool = True
+    """Mirror left and right with probability 1/2; no for digits and text."""
+    pad: int | None = None
+    """Pixels of reflect padding before the random crop; empty: an eighth of the shorter side."""
+    cutout: int = 16
+    """Side of the cutout box of the strong views, in pixels; 0 for none."""
+    operations: int = 2
+    """RandAugment operations drawn for each strong view (N)."""

@@ -1,0 +1,128 @@
+"""One training step: the same straight line for every method, with no branch on a value of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from semi_fast import processes
+from semi_fast.batch import Outputs, Rows
+from semi_fast.ema import WeightAverage
+from semi_fast.methods.base import Method, State
+from semi_fast.schedule import cosine_7_16, ema_weight
+from semi_fast.schema.model import EmaConfig, OptimConfig
+
+NEVER = torch.iinfo(torch.int64).max
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes."""
+
+    model: nn.Module
+    average: WeightAverage
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    method: State
+    step: Tensor
+    """int64 scalar: steps done."""
+    bad_step: Tensor
+    """int64 scalar: the first step whose loss or outputs were not finite on this process, or NEVER."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and storage of everything that a checkpoint holds, in a fixed order."""
+        for prefix, module in (("model", self.model), ("average", self.average.model)):
+            yield from ((f"{prefix}.{name}", tensor) for name, tensor in module.state_dict().items())
+        for name, parameter in self.model.named_parameters():
+            yield f"momentum.{name}", self.optimizer.state[parameter]["momentum_buffer"]
+        yield from ((f"method.{name}", tensor) for name, tensor in self.method.items())
+        yield "step", self.step
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step leaves for the loop to count; nothing has been read back."""
+
+    values: dict[str, Tensor]
+    """Scalars: `total`, the loss terms, and the method's stats, of this process."""
+    pending: State
+    """What the method carried over, for the whole batch."""
+
+
+def make_optimizer(model: nn.Module, options: OptimConfig, device: torch.device) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; its learning rate is a tensor on the device, and weights of one axis do not decay.
+
+    The momentum begins as zeros, which makes the same first update as none and lets a checkpoint be read back.
+    """
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    free = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}],
+        lr=torch.tensor(options.lr, dtype=torch.float32, device=device),
+        momentum=options.momentum,
+        nesterov=options.momentum > 0,
+        fused=True,
+    )
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def full_precision(outputs: Outputs) -> Outputs:
+    """Features and logits in float32 (float64 stays): losses, softmax and bank are never in half precision."""
+
+    def widen(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
+
+    return Outputs(widen(outputs.features), {name: widen(z) for name, z in outputs.logits.items()})
+
+
+class TrainStep:
+    """Calling it with the rows of a batch does one step on `state`."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        method: Method,
+        make_views: Callable[[Rows], Tensor],
+        *,
+        optim: OptimConfig,
+        ema: EmaConfig,
+        precision: str,
+    ):
+        self.state, self.method, self.make_views = state, method, make_views
+        self.optim, self.ema, self.precision = optim, ema, precision
+        self.device = state.step.device.type
+
+    def forward(self, model: nn.Module, views: Tensor) -> Outputs:
+        """One forward in the run's precision."""
+        with torch.autocast(self.device, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
+            return full_precision(model(views))
+
+    def __call__(self, rows: Rows) -> StepReport:
+        s = self.state
+        outputs = self.forward(s.model, self.make_views(rows))
+        loss = self.method.loss(s.method, rows, outputs, s.step)
+
+        parts = [loss.total, outputs.features.sum(), *(z.sum() for z in outputs.logits.values())]
+        finite = torch.stack([part.detach() for part in parts]).isfinite().all()
+        s.bad_step.copy_(torch.where(finite, s.bad_step, torch.minimum(s.bad_step, s.step)))
+
+        s.optimizer.zero_grad(set_to_none=True)
+        s.scaler.scale(loss.total).backward()
+        processes.mean_gradients(s.model.parameters())
+        lr = s.optimizer.param_groups[0]["lr"]
+        lr.copy_(cosine_7_16(s.step, base=self.optim.lr, steps=self.optim.steps))
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.average.update(ema_weight(s.step, decay=self.ema.decay, ramp=self.ema.ramp))
+
+        pending = processes.gather_rows(loss.pending)
+        self.method.update(s.method, pending, s.step)
+        s.step.add_(1)
+        values = {"total": loss.total, **loss.terms, **{f"stat.{name}": value for name, value in loss.stats.items()}}
+        return StepReport({name: value.detach() for name, value in values.items()}, pending)

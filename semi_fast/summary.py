@@ -1,0 +1,112 @@
+"""The numbers of a finished run: what `summary.json` holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from semi_fast.manifest import Manifest, Split
+from semi_fast.runlog import MetricsFile
+from semi_fast.schema.config import Config, plain
+from semi_fast.schema.yaml_file import leaves
+
+AVERAGED = 20
+SCORES = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few")
+NOT_THE_PAPERS = ("data.", "split.", "log.", "checkpoint.", "method.name", "method.plugins", "model.bn", "ema.ramp")
+RUN_KEYS = ("batch.", "augment.", "model.", "method.", "optim.", "ema.", "eval.every")
+
+
+def protocol(config: Config, manifest: Manifest) -> str:
+    """What must be equal for two results to be comparable, in one line."""
+    s, b = config.split, config.batch
+    split = f"split file {s.file}" if s.file else (
+        f"rule {s.rule} N1={s.labeled_max} M1={s.unlabeled_max} gamma_l={s.imbalance_labeled:g} "
+        f"gamma_u={s.imbalance_unlabeled:g} {s.unlabeled_shape} split seed {s.seed}"
+    )  # fmt: skip
+    return (
+        f"{manifest.dataset} {manifest.resolution[0]} px, {split}; {config.model.name}, batch {b.labeled}+"
+        f"{b.labeled * b.unlabeled_ratio}, {config.optim.steps} steps, EMA {config.ema.decay:g}"
+    )
+
+
+def shortened(config: Config) -> list[dict[str, Any]]:
+    """Every constant that differs from the published recipe, which is the schema's default."""
+    run, paper = leaves(plain(config)), leaves(plain(Config()))
+    mine = f"method.{config.method.name}."
+    names = {"method.epoch_steps", *(k for k in run if k.startswith(mine))}
+    if config.method.plugins:
+        names |= {k for k in run if any(k.startswith(f"method.{p}.") for p in config.method.plugins)}
+    keys = [k for k in run if k.startswith(RUN_KEYS) and (not k.startswith("method.") or k in names)]
+    return [{"key": key, "run": run[key], "paper": paper[key]} for key in keys if run[key] != paper[key]]
+
+
+def averages(evaluations: list[dict[str, Any]], head: str) -> dict[str, float | None]:
+    """`*_final` of the last evaluation and `*_last20`, the mean of the last 20 or of as many as there are."""
+    found: dict[str, float | None] = {}
+    for score in SCORES:
+        series = [evaluation["heads"][head][score] for evaluation in evaluations[-AVERAGED:]]
+        known = [value for value in series if value is not None]
+        found[f"{score}_final"] = series[-1]
+        found[f"{score}_last20"] = float(np.mean(known)) if known else None
+    return found
+
+
+def summarise(
+    config: Config,
+    manifest: Manifest,
+    split: Split,
+    environment: dict[str, Any],
+    metrics: MetricsFile,
+    seconds: float,
+    training_seconds: float,
+) -> dict[str, Any]:
+    """Everything that a table needs of a run, in percent and seconds."""
+    records = metrics.records("eval")
+    tests = [record for record in records if record["split"] == "test"]
+    validations = [record for record in records if record["split"] == "validation"]
+    predicts = tests[-1]["predicts"]
+    best = max(tests, key=lambda record: record["heads"][predicts]["top1"])  # the first of equals
+    labeled = config.batch.labeled
+    unlabeled = labeled * config.batch.unlabeled_ratio if config.method.name != "supervised" else 0
+    strong = {"supervised": 0, "semi": 2}.get(config.method.name, config.method.fixmatch.strong_views)
+    per_second = config.optim.steps / max(training_seconds, 1e-9)
+    summary = {
+        "method": config.method.name,
+        "plugins": list(config.method.plugins),
+        "protocol": protocol(config, manifest),
+        "dataset": manifest.dataset,
+        "class_names": list(manifest.class_names),
+        "labeled_counts": list(split.labeled_counts),
+        "unlabeled_counts": None if split.unlabeled_counts is None else list(split.unlabeled_counts),
+        "test_counts": manifest.counts["test"],
+        "steps": config.optim.steps,
+        "seconds": seconds,
+        "training_seconds": training_seconds,
+        "images_per_second": per_second * (labeled + unlabeled),
+        "rows_per_second": per_second * (labeled + (1 + strong) * unlabeled),
+        "predicts": predicts,
+        "evaluations": len(tests),
+        "averaged": min(AVERAGED, len(tests)),
+        **averages(tests, predicts),
+        "best": {"top1": best["heads"][predicts]["top1"], "step": best["step"], "selected_on": "test"},
+        "heads": {head: averages(tests, head) for head in tests[-1]["heads"]},
+        "validation": None,
+        "shortened": shortened(config),
+        "split_sha256": split.sha256,
+        "manifest_sha256": manifest.sha256,
+        "seed": config.seed,
+        "status": "finished",
+        **{key: environment[key] for key in ("precision", "device", "hardware", "commit", "versions")},
+    }
+    if validations:
+        chosen = max(validations, key=lambda record: record["heads"][predicts]["balanced_accuracy"])
+        at = next(record for record in tests if record["step"] == chosen["step"])
+        summary["validation"] = {
+            "selected_on": "validation",
+            "step": chosen["step"],
+            "balanced_accuracy": chosen["heads"][predicts]["balanced_accuracy"],
+            "test_top1": at["heads"][predicts]["top1"],
+            "test_balanced_accuracy": at["heads"][predicts]["balanced_accuracy"],
+        }
+    return summary
