@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 from pathlib import Path
@@ -36,23 +37,31 @@ FAILURES = (
 )
 
 
-class _ArrayType:
-    """Stands for numpy.ndarray, which a pickle could otherwise call to ask for any amount of memory."""
-
-    def __init__(self) -> None:
-        raise pickle.UnpicklingError("numpy.ndarray may only be rebuilt, not called")
+# Stand-ins for numpy: its own objects, filled with damaged state, crash or corrupt memory. `_ARRAY` stands for the type
+# numpy.ndarray, which a pickle could also call to ask for any amount of memory.
+_ARRAY = object()
 
 
-def _rebuild(kind: object, shape: object, _: object) -> np.ndarray:
-    if kind is not _ArrayType or shape != (0,):
-        raise pickle.UnpicklingError("only empty numpy arrays may be made and then filled")
-    return np.empty(0, np.uint8)
+class _Dtype:
+    def __init__(self, code: object, *_: object) -> None:
+        if code not in ("u1", b"u1"):
+            raise pickle.UnpicklingError(f"only uint8 arrays are read; got dtype {code!r}")
+
+    def __setstate__(self, _: object) -> None:
+        """Byte order, alignment and the like say nothing about uint8."""
 
 
-def _dtype(code: object, *_: object) -> np.dtype:
-    if code not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"only uint8 arrays are read; got dtype {code!r}")
-    return np.dtype("u1", copy=True)  # type: ignore[call-overload]
+class _Array:
+    def __init__(self, kind: object, shape: object, _: object) -> None:
+        if kind is not _ARRAY or shape != (0,):
+            raise pickle.UnpicklingError("numpy arrays may only be made empty and then filled")
+        self.filled = np.zeros(0, np.uint8)
+
+    def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, object, bytes]) -> None:
+        _, shape, dtype, column_major, content = state
+        if not isinstance(dtype, _Dtype) or not isinstance(content, bytes) or math.prod(shape) != len(content):
+            raise pickle.UnpicklingError("an array does not have the bytes that its shape asks for")
+        self.filled = np.frombuffer(content, np.uint8).reshape(shape, order="F" if column_major else "C")
 
 
 def _encode(text: object, encoding: object) -> bytes:
@@ -62,10 +71,10 @@ def _encode(text: object, encoding: object) -> bytes:
 
 
 ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): _rebuild,
-    ("numpy._core.multiarray", "_reconstruct"): _rebuild,
-    ("numpy", "ndarray"): _ArrayType,
-    ("numpy", "dtype"): _dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _ARRAY,
+    ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
 }
 
@@ -85,10 +94,14 @@ def load_dict(path: Path, content: bytes) -> dict[str, Any]:
         loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         if not isinstance(loaded, dict):
             raise pickle.UnpicklingError(f"it holds a {type(loaded).__name__}, not a dict")
-        return {key.decode("ascii") if isinstance(key, bytes) else str(key): value for key, value in loaded.items()}
+        return {_text(key): value.filled if isinstance(value, _Array) else value for key, value in loaded.items()}
     except FAILURES as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: damaged, truncated or not a CIFAR batch ({reason}); get the file again") from error
+
+
+def _text(key: object) -> str:
+    return key.decode("ascii") if isinstance(key, bytes) else str(key)
 
 
 def _check_opcodes(content: bytes) -> None:

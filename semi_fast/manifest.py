@@ -285,8 +285,9 @@ def _open_array(manifest: Manifest, name: str) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: damaged array header ({error}); prepare again") from error
-    if array.shape != tuple(entry["shape"]) or array.dtype.name != entry["dtype"]:
+    if array.shape != tuple(entry["shape"]) or array.dtype.name != entry["dtype"] or not array.flags.c_contiguous:
         raise ValueError(
-            f"{path}: must hold {entry['dtype']} {entry['shape']}; got {array.dtype} {list(array.shape)}; prepare again"
+            f"{path}: must hold {entry['dtype']} {entry['shape']} row by row; got {array.dtype} {list(array.shape)} "
+            f"with strides {array.strides}; prepare again"
         )
     return array

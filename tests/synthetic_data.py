@@ -60,16 +60,30 @@ def python2_pickle(value: Any) -> bytes:
 
 
 def write_cifar10_python(
-    root: Path, per_class: int = 20, seed: int = 0, *, test_per_class: int = 5, dumps: Callable[[Any], bytes] = python2_pickle
+    root: Path,
+    per_class: int = 20,
+    seed: int = 0,
+    *,
+    test_per_class: int = 5,
+    dumps: Callable[[Any], bytes] = python2_pickle,
 ) -> Path:
     """`root/cifar-10-batches-py`; returns `root`."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for name, images, labels in _cifar10_files(per_class, test_per_class, seed):
         files = [f"{name}_{i}.png".encode() for i in range(len(labels))]
-        batch = {b"batch_label": name.encode(), b"labels": labels.tolist(), b"data": rows_chw(images), b"filenames": files}
+        batch = {
+            b"batch_label": name.encode(),
+            b"labels": labels.tolist(),
+            b"data": rows_chw(images),
+            b"filenames": files,
+        }
         (folder / name).write_bytes(dumps(batch))
-    meta = {b"label_names": [n.encode() for n in CIFAR10_NAMES], b"num_vis": 3072, b"num_cases_per_batch": per_class * 2}
+    meta = {
+        b"label_names": [n.encode() for n in CIFAR10_NAMES],
+        b"num_vis": 3072,
+        b"num_cases_per_batch": per_class * 2,
+    }
     (folder / "batches.meta").write_bytes(dumps(meta))
     return root
 
@@ -154,7 +168,9 @@ def write_prepared(
             yield "unlabeled", images_of(rng.integers(0, len(train), unlabeled), side, seed + 2)
 
     names = tuple(f"class_{k}" for k in range(len(train)))
-    raw = Raw("synthetic", names, (side, side), labels, unlabeled, blocks(), {"reader": "synthetic", "name": "synthetic"})
+    raw = Raw(
+        "synthetic", names, (side, side), labels, unlabeled, blocks(), {"reader": "synthetic", "name": "synthetic"}
+    )
     return publish(lambda: raw, out, "synthetic")
 
 

@@ -1,7 +1,7 @@
 """An image folder: `train/<class>/*`, `test/<class>/*` or `val/<class>/*`, and optionally `unlabeled/**`.
 
-Every image becomes uint8 RGB of resolution x resolution: EXIF orientation applied, transparency over black, the largest
-centred square resized with Pillow's antialiased bicubic filter (short side to the resolution, the rest cut away).
+Every image becomes uint8 RGB of resolution x resolution: EXIF orientation applied, transparency over black, the short
+side resized to the resolution with Pillow's antialiased bicubic filter, the centre kept.
 """
 
 from __future__ import annotations

@@ -97,11 +97,11 @@ def write_resident(raw: Raw, root: Path) -> Written:
                 histogram += [np.bincount(block[..., channel].ravel(), minlength=256) for channel in range(3)]
         files |= {images_file(part): out.publish() for part, out in images.items()}
     fsync_directory(root / "resident")
-    mean, std = raw.statistics or _statistics(histogram)
+    mean, std = raw.statistics or statistics(histogram)
     return Written(files, mean, std, sum(row in train_pixels for row in test_pixels))
 
 
-def _statistics(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def statistics(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of values / 255 from their counts, int64 [3, 256]; exact up to the last division."""
     values = np.arange(256)
     mean, std = [], []

@@ -19,12 +19,11 @@ from semi_fast.schema.method import FixMatchConfig
 class FixMatch:
     """Sohn et al. 2020; the unlabeled term is a mean over all S * U strong rows, masked or not."""
 
-    predicts = "head"
-
     def __init__(self, options: FixMatchConfig, plugins: Sequence[Plugin] = ()):
         self.options = options
         self.needs = Needs(strong_views=options.strong_views, unlabeled=True)
         self.supervised = Supervised(plugins)
+        self.predicts = self.supervised.predicts
 
     def init(self, env: Environment) -> State:
         return self.supervised.init(env)

@@ -17,10 +17,10 @@ class Supervised:
     """Cross-entropy of the weak view of labeled images."""
 
     needs = Needs()
-    predicts = "head"
 
     def __init__(self, plugins: Sequence[Plugin] = ()):
         self.plugins = tuple(plugins)
+        self.predicts = "adjusted_head" if any(plugin.adjusts_prediction for plugin in plugins) else "head"
 
     def init(self, env: Environment) -> State:
         return {name: tensor for plugin in self.plugins for name, tensor in plugin.init(env).items()}

@@ -17,7 +17,7 @@ from semi_fast.report.run import COUNTS, METRICS, HeadResult, PseudoLabels, Run,
 MISSING = "\N{EN DASH}"
 TITLES = {
     "top1": "top-1",
-    "balanced_accuracy": "bal. acc.",
+    "balanced_accuracy": "bal.\N{NO-BREAK SPACE}acc.",
     "geometric_mean": "G-mean",
     "many": "many",
     "medium": "medium",
@@ -49,7 +49,7 @@ class Table:
             [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)]
             for line in lines
         ]
-        return "\n".join("  ".join(line).rstrip() for line in aligned) + "\n"
+        return "\n".join("  ".join(line).rstrip() for line in aligned).replace("\N{NO-BREAK SPACE}", " ") + "\n"
 
     def markdown(self) -> str:
         """A pipe table."""
@@ -138,7 +138,7 @@ def comparison(runs: Sequence[Run]) -> Table:
         ("method", "method", "text"),
         *((f"{key}_last20", TITLES[key], "percent") for key in order),
         ("top1_final", "final top-1", "percent"),
-        ("balanced_accuracy_final", "final bal. acc.", "percent"),
+        ("balanced_accuracy_final", "final bal.\N{NO-BREAK SPACE}acc.", "percent"),
         ("averaged", "n", "count"),
         ("images_per_second", "images/s", "rate"),
         ("seconds", "seconds", "rate"),

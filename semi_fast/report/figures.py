@@ -64,7 +64,9 @@ def class_accuracy(run: Run) -> Figure:
         recall = mean_recall(run.last(head, "test"), count)[order]
         label = shorten(head)
         if head == run.predicts:
-            upper.bar(x, recall, width=0.72, color=SERIES[0], label=f"{label} (predicts)", linewidth=0)
+            upper.bar(
+                x, recall, width=min(0.72, 0.12 * count), color=SERIES[0], label=f"{label} (predicts)", linewidth=0
+            )
         else:
             look = marker(index, count, hollow=True) | ({"linestyle": ""} if count <= NAMED else {})
             upper.plot(x, recall, color=SERIES[index % 6], label=label, **look)
@@ -221,7 +223,7 @@ def compared_classes(runs: Sequence[Run]) -> Figure:
 def _group_borders(upper: Axes, lower: Axes, run: Run) -> None:
     start = 0
     for name, members in run.groups.items():
-        if not len(members):
+        if len(members) in (0, len(run.order)):
             continue
         for axis in (upper, lower) if start else ():
             axis.axvline(start - 0.5, color=COLORS["muted"], linewidth=0.6)

@@ -44,13 +44,15 @@ class _Output:
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
+        self.figures = 0
 
     def plot(self, data: str, title: str, caption: str, draw: Callable[[], Figure] | None, table: Table) -> Plot:
         """Draw one figure and keep its table; without `draw` the caption says why there is none."""
         if draw is None:
             return Plot(title, caption, None, "")
         self.files[data] = table.csv()
-        return Plot(title, caption, inline_svg(draw(), f"f{len(self.files)}", title), f"{DATA}/{data}")
+        self.figures += 1
+        return Plot(title, caption, inline_svg(draw(), f"f{self.figures}", title), f"{DATA}/{data}")
 
 
 def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -175,7 +177,9 @@ def _plots(run: Run, folder: str, output: _Output) -> list[Plot]:
         (
             "classes.csv",
             "Recall by class, most labeled images first",
-            f"Test set, mean of the last {n} evaluations. {GROUPED}" if tested else none,
+            f"Test set, mean of the last {n} evaluations. Unlabeled images count by their truth, if known. {GROUPED}"
+            if tested
+            else none,
             (lambda: figures.class_accuracy(run)) if tested else None,
             compare.classes(run),
         ),
@@ -225,10 +229,12 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     of = run.summary.get
     counts = [np.nansum(c) if np.isfinite(c).any() else None for c in (run.labeled_counts, run.unlabeled_counts)]
     images = f"{show(counts[0], 'count')} labeled, {show(counts[1], 'count')} unlabeled of known class"
+    reached = max([record.step for record in (*run.train, *run.evaluations)], default=None)
+    steps = show(number(of("steps")), "count") if of("steps") else f"{show(reached, 'count')} so far"
     facts = (
         ("dataset", _plain(of("dataset"))),
         ("classes, images", f"{len(run.class_names) or MISSING}; {images}"),
-        ("steps", show(number(of("steps")), "count")),
+        ("steps", steps),
         ("seed", _plain(of("seed", run.config.get("seed")))),
         ("wall-clock", _duration(number(of("seconds")))),
         ("training time", _duration(number(of("training_seconds")))),

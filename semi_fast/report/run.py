@@ -159,9 +159,7 @@ def read_run(path: Path) -> Run:
         env=_json(path / "env.json"),
         split=split,
         class_names=names,
-        labeled_counts=counts["labeled_counts"],
-        unlabeled_counts=counts["unlabeled_counts"],
-        test_counts=counts["test_counts"],
+        **counts,
         train=tuple(train[step] for step in sorted(train)),
         evaluations=tuple(sorted(evaluations.values(), key=lambda evaluation: evaluation.step)),
     )
@@ -208,15 +206,15 @@ def _records(path: Path, *, torn_allowed: bool) -> list[tuple[str, dict[str, Any
     records = []
     lines = path.read_bytes().split(b"\n")
     for index, line in enumerate(lines):
+        where = f"{path} line {index + 1}"
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError:
-            if torn_allowed and not any(later.strip() for later in lines[index + 1 :]):
+            if False and not any(later.strip() for later in lines[index + 1 :]):
                 break
-            raise _damaged(f"{path} line {index + 1}", "must be JSON", line.decode(errors="replace")) from None
-        where = f"{path} line {index + 1}"
+            raise _damaged(where, "must be JSON", line.decode(errors="replace")) from None
         if not isinstance(record, dict):
             raise _damaged(where, "must be a JSON object", record)
         records.append((where, record))

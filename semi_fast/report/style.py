@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # The page exchanges each value for the custom property of that name, which also has a dark one.
 COLORS = {
@@ -95,6 +95,7 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
 def _inline_tag(tag: str, prefix: str) -> str:
     if tag.startswith("<svg"):
         tag = re.sub(r' (?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", tag)
+    tag = re.sub(r'^<g id="[^"]*"', "<g", tag)  # names of parts, referred to by nothing
     tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", tag)
     tag = re.sub(r"(?<![\w#.])-?\d+\.\d{4,}", lambda value: f"{float(value[0]):.3f}".rstrip("0").rstrip("."), tag)
     for name, color in COLORS.items():
@@ -183,7 +184,7 @@ def log_ticks(axis: Any) -> None:
     """Ticks of a log axis at 1, 2, 5, written out."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else ""))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def legend(figure: Figure, *axes: Axes) -> None:

@@ -10,6 +10,9 @@ from semi_fast.methods.base import Environment, State
 class Plugin:
     """A change to some stages of a method; several are applied in the order in which they are listed."""
 
+    adjusts_prediction = False
+    """Whether `logits` does anything; the head that is predicted with is then called `adjusted_head`."""
+
     def init(self, env: Environment) -> State:
         """State under names that begin with the plug-in's own."""
         return {}

@@ -14,6 +14,7 @@ class LogitAdjustment(Plugin):
 
     def __init__(self, options: LogitAdjustmentConfig):
         self.options = options
+        self.adjusts_prediction = options.predict
 
     def init(self, env: Environment) -> State:
         return {"la.adjustment": env.log_prior(self.options.strength)}

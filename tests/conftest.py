@@ -1,0 +1,45 @@
+"""Shared by all tests: one thread, and the data sets that several of them use."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled digits, prepared."""
+    from semi_fast.data_prep.prepare import prepare_digits
+
+    out = tmp_path_factory.mktemp("data") / "digits"
+    prepare_digits(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def natural_images() -> np.ndarray:
+    """uint8 [60, 32, 32, 3] of real photographs: crops of scikit-learn's two bundled pictures."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    pictures = load_sample_images().images
+    crops = []
+    for i in range(60):
+        picture = pictures[i % 2][:: 1 + i % 5, :: 1 + i % 5]
+        y, x = (rng.integers(0, side - 32) for side in picture.shape[:2])
+        crops.append(picture[y : y + 32, x : x + 32])
+    return np.stack(crops)
