@@ -62,7 +62,8 @@ def run_with(config: Config, manifest: Manifest, split: Split, accelerator: Acce
     config = settled(config, manifest, accelerator)
     main = accelerator.is_main_process
     run_dir, saved = open_run_dir(config, warn=lambda text: accelerator.print(f"warning: {text}"))
-    torch.set_float32_matmul_precision("high")
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     device, precision = accelerator.device, config.precision
     dtype = torch.float64 if precision == "fp64" else torch.float32
 

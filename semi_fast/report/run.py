@@ -212,7 +212,7 @@ def _records(path: Path, *, torn_allowed: bool) -> list[tuple[str, dict[str, Any
         try:
             record = json.loads(line)
         except ValueError:
-            if False and not any(later.strip() for later in lines[index + 1 :]):
+            if torn_allowed and not any(later.strip() for later in lines[index + 1 :]):
                 break
             raise _damaged(where, "must be JSON", line.decode(errors="replace")) from None
         if not isinstance(record, dict):
