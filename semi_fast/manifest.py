@@ -102,7 +102,7 @@ def write_manifest(manifest: Manifest) -> Manifest:
 
 
 def load_manifest(root: str | Path) -> Manifest:
-    """The manifest of a prepared directory; its arrays' sizes and headers and all labels are checked, not the pixels."""
+    """The manifest of a prepared directory, with sizes and headers of its arrays and all labels checked, not pixels."""
     root = Path(root)
     path = root / MANIFEST_FILE
     if not path.is_file():

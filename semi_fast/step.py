@@ -62,11 +62,14 @@ def make_optimizer(model: nn.Module, options: OptimConfig, device: torch.device)
     free = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD(
         [{"params": decayed, "weight_decay": options.weight_decay}, {"params": free, "weight_decay": 0.0}],
-        lr=torch.tensor(options.lr, dtype=torch.float32, device=device),
+        lr=options.lr,
         momentum=options.momentum,
         nesterov=options.momentum > 0,
         fused=True,
     )
+    lr = torch.tensor(options.lr, dtype=torch.float32, device=device)
+    for group in optimizer.param_groups:
+        group["lr"] = lr  # one tensor, written by every step
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

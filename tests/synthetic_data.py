@@ -1,4 +1,4 @@
-"""Tiny raw data in the published layouts, and prepared directories, for tests: a few images, a colour for each class."""
+"""Tiny raw data in the published layouts, and prepared directories, for tests; a colour for each class."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_counts_fall_from_the_maximum_to_its_share(maximum: int, num_classes: in
     assert counts[0] == maximum
     assert counts[-1] == int(maximum / ratio)
     # Truncation of two nearly equal numbers may put the last count one above the one before it.
-    assert all(a + 1 >= b for a, b in zip(counts, counts[1:], strict=False))
+    assert all(a + 1 >= b for a, b in pairwise(counts))
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0, -1, float("inf"), float("nan")])

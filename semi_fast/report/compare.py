@@ -89,12 +89,13 @@ def _exact(value: Any) -> Any:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """One distinct name a run: the method, then the seed, then the directory where those do not tell runs apart."""
+    """One distinct name a run: the method, then seed, directory and place where those before do not tell runs apart."""
     names = [run.method for run in runs]
     for suffix in (lambda run: f"seed {run.summary.get('seed', run.config.get('seed'))}", lambda run: run.path.name):
         common = {name for name, uses in Counter(names).items() if uses > 1}
         names = [f"{n}, {suffix(run)}" if n in common else n for n, run in zip(names, runs, strict=True)]
-    return names
+    repeated = {name for name, uses in Counter(names).items() if uses > 1}
+    return [f"{n}, run {i}" if n in repeated else n for i, n in enumerate(names, start=1)]
 
 
 def head_values(run: Run, head: str, which: str, split: str = "test") -> dict[str, float]:
@@ -163,7 +164,7 @@ def results(run: Run, split: str) -> Table:
             (chosen, best.step if best else None, best.heads[head].metrics if best else dict.fromkeys(METRICS)),
         ):
             rows.append((head + mark, title, step, *(values[key] for key in METRICS)))
-    percent = ((key, f"{title},\N{NO-BREAK SPACE}%", "percent") for key, title in TITLES.items())
+    percent = ((key, title, "percent") for key, title in TITLES.items())
     return Table(
         (("head", "head", "text"), ("value", "value", "text"), ("step", "at step", "count"), *percent), tuple(rows)
     )

@@ -106,7 +106,6 @@ def confusion_matrix(run: Run) -> Figure:
     figure = Figure(figsize=(6.9, 6.0), layout="constrained")
     axis = figure.subplots()
     heat(figure, axis, matrix, (-0.5, count - 0.5, count - 0.5, -0.5), "share of the true class, %")
-    axis.set_aspect("equal")
     if count <= 20:
         for row, column in np.ndindex(matrix.shape):
             value = matrix[row, column]
