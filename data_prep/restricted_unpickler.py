@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import pickletools
 from pathlib import Path
@@ -59,8 +58,8 @@ class _Array:
 
     def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, object, bytes]) -> None:
         _, shape, dtype, column_major, content = state
-        if not isinstance(dtype, _Dtype) or not isinstance(content, bytes) or math.prod(shape) != len(content):
-            raise pickle.UnpicklingError("an array does not have the bytes that its shape asks for")
+        if not isinstance(dtype, _Dtype) or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("an array must be filled with bytes")
         self.filled = np.frombuffer(content, np.uint8).reshape(shape, order="F" if column_major else "C")
 
 

@@ -110,6 +110,7 @@ def load_manifest(root: str | Path) -> Manifest:
     document = read_sealed(path, SCHEMA_VERSION)
     try:
         manifest = _parsed(root, document)
+        _check_files(manifest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not a manifest of version {SCHEMA_VERSION} ({error!r}); prepare again") from error
     _check_arrays(manifest)
@@ -120,7 +121,7 @@ def verify_manifest(manifest: Manifest) -> None:
     """Re-hash every file; ValueError names the first that is not what the manifest says."""
     load_manifest(manifest.root)
     for name, entry in sorted(manifest.files.items()):
-        if file_sha256(manifest.root / name) != entry["sha256"]:
+        if file_sha256(manifest.root / name) != entry.get("sha256"):
             raise ValueError(f"{manifest.root / name}: content differs from its SHA-256 in the manifest; prepare again")
 
 
@@ -255,32 +256,30 @@ def _ids(values: list[int]) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def _check_arrays(manifest: Manifest) -> None:
-    lengths = {part: manifest.length(part) for part in manifest.counts if manifest.length(part)}
+def _check_files(manifest: Manifest) -> None:
+    lengths = {part: manifest.length(part) for part in ("train", "test", "unlabeled") if manifest.length(part)}
     expected = {images_file(part): ((n, *manifest.resolution, 3), "uint8") for part, n in lengths.items()}
     expected |= {labels_file(part): ((manifest.length(part),), "int64") for part in ("train", "test")}
     if {name: (tuple(e["shape"]), e["dtype"]) for name, e in manifest.files.items()} != expected:
-        raise ValueError(f"{manifest.root / MANIFEST_FILE}: the files must fit the counts; prepare again")
-    for name in expected:
+        raise ValueError("its files do not fit its counts")
+
+
+def _check_arrays(manifest: Manifest) -> None:
+    for name in manifest.files:
         _open_array(manifest, name)
     for part in ("train", "test"):
-        labels = manifest.labels(part)
-        if (
-            labels.min() < 0
-            or labels.max() >= manifest.num_classes
-            or _per_class(labels, manifest.num_classes) != manifest.counts[part]
-        ):
-            raise ValueError(
-                f"{manifest.root / labels_file(part)}: labels differ from the manifest's counts; prepare again"
-            )
+        labels, classes = manifest.labels(part), manifest.num_classes
+        if labels.min() < 0 or labels.max() >= classes or _per_class(labels, classes) != manifest.counts[part]:
+            path = manifest.root / labels_file(part)
+            raise ValueError(f"{path}: labels differ from the manifest's counts; prepare again")
 
 
 def _open_array(manifest: Manifest, name: str) -> np.ndarray:
     path, entry = manifest.root / name, manifest.files[name]
     if not path.is_file():
         raise ValueError(f"{path}: named by the manifest, but missing; prepare again")
-    if path.stat().st_size != entry["bytes"]:
-        raise ValueError(f"{path}: must have {entry['bytes']} bytes, has {path.stat().st_size}; prepare again")
+    if path.stat().st_size != entry.get("bytes"):
+        raise ValueError(f"{path}: must have {entry.get('bytes')} bytes, has {path.stat().st_size}; prepare again")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_data import write_prepared
 
 from semi_fast import philox
 from semi_fast.data_prep.long_tail import RULES, class_counts, make_split, split_for
 from semi_fast.manifest import Manifest, check_split, save_split
 from semi_fast.schema.split import SplitConfig
+from tests.synthetic_data import write_prepared
 
 TRAIN = (40, 35, 50, 38)
 

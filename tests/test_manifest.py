@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_data import write_prepared
 
 from semi_fast import sealed_json
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.manifest import Manifest, Split, find_split, load_manifest, load_split, save_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
 from semi_fast.sealed_json import digest, read_json
+from tests.synthetic_data import write_prepared
 
 
 @pytest.fixture
@@ -107,7 +107,10 @@ def test_one_changed_character_of_a_manifest_is_noticed(manifest: Manifest) -> N
         {"counts": {"train": [10**30, 8, 7], "test": [2, 3, 2], "unlabeled": 5}},
         {"class_names": ["a", "b"]},
         {"class_names": 3},
+        {"counts": {"test": [2, 3, 2], "unlabeled": 5}},
+        {"counts": 3},
         {"files": {}},
+        {"files": {"resident/train_images.npy": {}}},
         {"files": {"../../etc/passwd": {"bytes": 1, "sha256": "", "shape": [1], "dtype": "uint8"}}},
     ],
 )

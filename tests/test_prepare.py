@@ -16,7 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_data import (
+
+from semi_fast.data_prep import commands, prepare
+from semi_fast.data_prep.prepare import prepare_cifar10, prepare_cifar100, prepare_digits, prepare_folder
+from semi_fast.data_prep.readers.cifar import read_cifar
+from semi_fast.data_prep.writers.resident import statistics
+from semi_fast.manifest import load_manifest, verify_manifest
+from tests.synthetic_data import (
     cifar_sets,
     images_of,
     write_cifar10_binary,
@@ -26,12 +32,6 @@ from synthetic_data import (
     write_image_folder,
     write_prepared,
 )
-
-from semi_fast.data_prep import commands, prepare
-from semi_fast.data_prep.prepare import prepare_cifar10, prepare_cifar100, prepare_digits, prepare_folder
-from semi_fast.data_prep.readers.cifar import read_cifar
-from semi_fast.data_prep.writers.resident import statistics
-from semi_fast.manifest import load_manifest, verify_manifest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -224,23 +224,14 @@ def test_a_kill_at_any_sync_leaves_no_half_data_and_the_next_run_cleans_up(tmp_p
         os.fsync = counted
         prepare_cifar10(raw, out)
 
-    leftovers = 0
-    for n in range(1, 100):
-        status = in_child(lambda n=n: killed_at(n))
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL
-        leftovers += len(names(out.parent))
-        if out.exists():  # killed after the rename: then it is whole
-            verify_manifest(load_manifest(out))
-            break
-        assert all(name.startswith(".data.tmp-") for name in names(out.parent))
-        assert len(names(out.parent)) == 1, "what earlier kills left is gone"
-    else:
-        pytest.fail("never finished")
-    assert leftovers >= 7, "four arrays, the manifest and two directories are synced before the rename"
-    assert n == 8
+    before_the_rename = 7  # four arrays, their directory, the manifest, the directory of all
+    for n in range(1, before_the_rename + 1):
+        assert in_child(lambda n=n: killed_at(n)) == -signal.SIGKILL
+        (left,) = names(out.parent)  # what earlier kills left is gone
+        assert left.startswith(".data.tmp-")
+    assert in_child(lambda: killed_at(before_the_rename + 1)) == -signal.SIGKILL, "the rename is synced"
     assert names(out.parent) == ["data"]
+    verify_manifest(load_manifest(out))
 
 
 def test_the_work_of_a_running_process_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Two processes equal one: the same samples, pseudo-labels and bank, and weights equal to rounding in float64."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .tiny import ARGUMENTS
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "semi_fast.train"]
+SINGLE = [sys.executable, "-m", "semi_fast.train"]
+
+
+def train(launch: list[str], data: Path, run_dir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    arguments = [*ARGUMENTS, f"--data.path={data}", f"--run_dir={run_dir}", "--precision=fp64", *flags]
+    return subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=280)
+
+
+def outcome(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict], int]:
+    tensors = load_file(run_dir / "checkpoints" / "step_000000012" / "state.safetensors")
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return tensors, records, json.loads((run_dir / "env.json").read_text())["processes"]
+
+
+@pytest.fixture(scope="module")
+def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    done = train(SINGLE, digits, run_dir)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def greatest_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """Over weights, momenta, averages and state: |a - b| / (|a| + 1e-6 of the tensor's scale)."""
+    worst = 0.0
+    for name, a in one.items():
+        if a.is_floating_point() and not name.startswith("interval."):
+            scale = a.abs().max().clamp_min(1e-12)
+            worst = max(worst, ((a - two[name]).abs().max() / scale).item())
+    return worst
+
+
+def test_two_processes_equal_one(one: Path, digits: Path, tmp_path: Path) -> None:
+    done = train(LAUNCH, digits, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    tensors, records, processes = outcome(one)
+    tensors_two, records_two, processes_two = outcome(tmp_path / "two")
+    assert (processes, processes_two) == (1, 2)
+    assert tensors.keys() == tensors_two.keys()
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            assert torch.equal(tensor, tensors_two[name]), f"{name} must be equal exactly"
+    assert greatest_difference(tensors, tensors_two) < 1e-11  # 12 steps of float64 rounding, summed in another order
+    for a, b in zip(records, records_two, strict=True):
+        if a["kind"] == "train":
+            assert a["pseudo_labels"] == b["pseudo_labels"]
+            assert b["terms"] == pytest.approx(a["terms"], rel=1e-11)
+        else:
+            assert a["heads"] == b["heads"]
+
+
+def test_the_comparison_notices_local_normalisation(one: Path, digits: Path, tmp_path: Path) -> None:
+    done = train(LAUNCH, digits, tmp_path / "two", "--model.bn=local")
+    assert done.returncode == 0, done.stderr
+    assert greatest_difference(outcome(one)[0], outcome(tmp_path / "two")[0]) > 1e-6
+
+
+def test_a_batch_that_two_processes_do_not_divide(digits: Path, tmp_path: Path) -> None:
+    done = train(LAUNCH, digits, tmp_path / "two", "--batch.labeled=7")
+    assert done.returncode != 0
+    assert "batch.labeled must be divisible by the number of processes; got 7 and 2" in done.stderr
+    assert not (tmp_path / "two").exists() or not any((tmp_path / "two").iterdir())
