@@ -92,7 +92,9 @@ class Augmenter:
         crop = torch.stack([below(y, 2 * self.pad + 1), below(x, 2 * self.pad + 1)], 1)
 
         key = ViewKey(*(field[len(at) - strong :] for field in key))
-        chosen = [self.draw_operation(words(self.seed, key, FIRST_OPERATION + i)) for i in range(self.options.operations)]
+        chosen = [
+            self.draw_operation(words(self.seed, key, FIRST_OPERATION + i)) for i in range(self.options.operations)
+        ]
         empty = torch.zeros(strong, 0, dtype=torch.int64, device=at.device)
         operation, level, sign = (
             (torch.stack(field, 1) for field in zip(*chosen, strict=True)) if chosen else (empty, empty, empty)

@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     command("train", "train as a configuration says (all its keys: semi-fast train --help)")
     prepare = command("prepare", "turn raw data into a prepared data set")
     prepare.add_argument("dataset", choices=["cifar10", "cifar100", "folder", "digits"])
-    prepare.add_argument("--raw", metavar="DIR", help="the raw data as published, or a folder train/<class>/*, test/<class>/*")
+    prepare.add_argument("--raw", metavar="DIR", help="the raw data, as published or train/<class>/*, test/<class>/*")
     prepare.add_argument("--out", required=True, metavar="DIR", help="where the prepared data set goes")
     prepare.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images (folder, digits)")
 
@@ -95,7 +95,9 @@ def make_parser() -> argparse.ArgumentParser:
     split.add_argument("--labeled-max", type=int, metavar="N1", help="labeled images of the largest class")
     split.add_argument("--unlabeled-max", type=int, metavar="M1", help="unlabeled images of the largest class")
     split.add_argument("--imbalance-labeled", type=float, default=1.0, metavar="G", help="largest over smallest class")
-    split.add_argument("--imbalance-unlabeled", type=float, default=1.0, metavar="G", help="largest over smallest class")
+    split.add_argument(
+        "--imbalance-unlabeled", type=float, default=1.0, metavar="G", help="largest over smallest class"
+    )
     split.add_argument("--unlabeled-shape", choices=["consistent", "uniform", "reversed"], default="consistent")
     split.add_argument("--rule", choices=["semi", "daso", "cossl", "usb"], default="semi", help="whose protocol")
     split.add_argument("--validation-per-class", type=int, default=0, metavar="V")
@@ -105,6 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("data", metavar="DATA")
     verify = command("verify", "hash a prepared data set again and compare")
     verify.add_argument("data", metavar="DATA")
+    demo = command("demo", "train three methods on the bundled digits and compare them, in about a minute on a CPU")
+    demo.add_argument("--out", metavar="DIR", help="where everything goes; default: a fresh directory under runs/")
     report = command("report", "write one page over one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.add_argument("--out", metavar="FILE", help="default: report.html in the run, or in the folder of the first")
@@ -120,6 +124,11 @@ def run_command(argv: list[str]) -> int:
         return guarded(config)
     arguments = vars(make_parser().parse_args([normal(word) for word in argv]))
     name = arguments.pop("command")
+    if name == "demo":
+        from semi_fast.demo import demo
+
+        demo(Path(arguments["out"]) if arguments["out"] else None)
+        return 0
     if name == "report":
         from semi_fast.report import write_report
 
@@ -129,9 +138,9 @@ def run_command(argv: list[str]) -> int:
         return 0
     from semi_fast.data_prep import commands
 
-    {"prepare": commands.prepare, "split": commands.split, "inspect": commands.inspect, "verify": commands.verify}[name](
-        **arguments
-    )
+    {"prepare": commands.prepare, "split": commands.split, "inspect": commands.inspect, "verify": commands.verify}[
+        name
+    ](**arguments)
     return 0
 
 

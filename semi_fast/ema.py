@@ -13,14 +13,14 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.parameters = list(self.model.parameters()), list(model.parameters())  # averaged, current
+        self.averaged: list[Tensor] = list(self.model.parameters())
+        self.current: list[Tensor] = list(model.parameters())
         self.buffers = list(self.model.buffers()), list(model.buffers())
 
     @torch.no_grad()
     def update(self, weight: Tensor) -> None:
         """average += weight * (current - average), `weight` a scalar tensor; in place, without waiting."""
-        averaged, current = self.parameters
-        change = torch._foreach_sub(current, averaged)
-        torch._foreach_mul_(change, weight.to(averaged[0].dtype))
-        torch._foreach_add_(averaged, change)
+        change = torch._foreach_sub(self.current, self.averaged)
+        torch._foreach_mul_(change, weight.to(change[0].dtype))
+        torch._foreach_add_(self.averaged, change)
         torch._foreach_copy_(*self.buffers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from semi_fast import checkpoint, processes
 from semi_fast.batch import RowLayout, Rows
 from semi_fast.metrics import Interval, add_pairs, scores
-from semi_fast.runlog import MetricsFile, Screen
+from semi_fast.runlog import Clock, MetricsFile, Screen
 from semi_fast.sampling import Batches
 from semi_fast.schema.config import Config
 from semi_fast.step import NEVER, TrainStep
@@ -26,7 +26,7 @@ class NonFiniteError(RuntimeError):
 
     def __init__(self, step: int, ids: list[int]):
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-        super().__init__(f"loss or outputs are not finite at step {step} (sample ids {shown}); lower optim.lr or --precision")
+        super().__init__(f"loss or outputs are not finite at step {step} (sample ids {shown}); lower optim.lr")
         self.step, self.ids = step, ids
 
 
@@ -37,24 +37,6 @@ class EvalSet:
     name: str
     images: Tensor  # uint8 [n, H, W, 3]
     labels: Tensor  # int64 [n]
-
-
-@dataclass
-class Clock:
-    """Seconds of this run, with those of the processes before a resume."""
-
-    total: float = 0.0
-    training: float = 0.0
-    interval: float = 0.0
-    """Of training, since the last progress line."""
-    started: float = field(default_factory=time.monotonic)
-
-    def lap(self) -> float:
-        """Seconds since the last lap, now part of the total."""
-        now = time.monotonic()
-        seconds, self.started = now - self.started, now
-        self.total += seconds
-        return seconds
 
 
 class Engine:
@@ -80,8 +62,7 @@ class Engine:
         meta: dict[str, Any],
         track: Callable[[dict[str, float], int], None],
     ):
-        """`read` is a source's; `labels` is int64 [samples], -1 but for labeled ones; `metrics` is None on all processes
-        but the main one."""
+        """`read` is a source's; `labels` int64 [samples], -1 but for labeled ones; the main process alone has `metrics`."""
         self.config, self.program, self.read, self.batches = config, program, read, batches
         self.layout, self.labels, self.interval, self.eval_sets = layout, labels, interval, eval_sets
         self.labeled_counts, self.plain_view = labeled_counts, plain_view
@@ -168,7 +149,7 @@ class Engine:
     def confusions(self, eval_set: EvalSet) -> dict[str, np.ndarray]:
         """int64 [C, C] per head, rows the truth, over every image once; the method's own prediction under its name.
 
-        Every process takes a contiguous share in forwards of one fixed size; the rows that pad the last are not counted.
+        Every process takes a contiguous share in forwards of one fixed size; rows that pad the last are not counted.
         """
         model, method = self.program.state.average.model, self.program.method
         n, classes = len(eval_set.labels), len(self.labeled_counts)
@@ -225,6 +206,7 @@ class Engine:
         self.meta |= {
             "step": done,
             "seconds": self.clock.total,
+            "cpu_seconds": self.clock.cpu,
             "training_seconds": self.clock.training,
             "interval_seconds": self.clock.interval,
             "metrics_bytes": self.metrics.offset,
@@ -241,5 +223,6 @@ class Engine:
         checkpoint.restore(self.saved_tensors(), saved.tensors)
         if meta["scaler"]:
             self.program.state.scaler.load_state_dict(meta["scaler"])
-        self.clock = Clock(meta["seconds"], meta["training_seconds"], meta["interval_seconds"])
+        seconds = (meta[key] for key in ("seconds", "cpu_seconds", "training_seconds", "interval_seconds"))
+        self.clock = Clock(*seconds)
         return int(meta["step"])

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def commit() -> str:
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         tracked = git("ls-files", "--error-unmatch", __file__)
@@ -83,6 +86,29 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+@dataclass
+class Clock:
+    """Seconds of this run, with those from before a resume."""
+
+    total: float = 0.0
+    cpu: float = 0.0
+    """Of this process, over its threads."""
+    training: float = 0.0
+    interval: float = 0.0
+    """Of training, since the last progress line."""
+    started: float = field(default_factory=time.monotonic)
+    cpu_started: float = field(default_factory=time.process_time)
+
+    def lap(self) -> float:
+        """Seconds since the last lap, now part of the total."""
+        now = time.monotonic()
+        seconds, self.started = now - self.started, now
+        cpu_now = time.process_time()
+        self.cpu, self.cpu_started = self.cpu + cpu_now - self.cpu_started, cpu_now
+        self.total += seconds
+        return seconds
 
 
 class MetricsFile:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from semi_fast.manifest import Manifest, Split
-from semi_fast.runlog import MetricsFile
+from semi_fast.runlog import Clock, MetricsFile
 from semi_fast.schema.config import Config, plain
 from semi_fast.schema.yaml_file import leaves
 
@@ -58,8 +58,7 @@ def summarise(
     split: Split,
     environment: dict[str, Any],
     metrics: MetricsFile,
-    seconds: float,
-    training_seconds: float,
+    clock: Clock,
 ) -> dict[str, Any]:
     """Everything that a table needs of a run, in percent and seconds."""
     records = metrics.records("eval")
@@ -70,7 +69,7 @@ def summarise(
     labeled = config.batch.labeled
     unlabeled = labeled * config.batch.unlabeled_ratio if config.method.name != "supervised" else 0
     strong = {"supervised": 0, "semi": 2}.get(config.method.name, config.method.fixmatch.strong_views)
-    per_second = config.optim.steps / max(training_seconds, 1e-9)
+    per_second = config.optim.steps / max(clock.training, 1e-9)
     summary = {
         "method": config.method.name,
         "plugins": list(config.method.plugins),
@@ -81,8 +80,9 @@ def summarise(
         "unlabeled_counts": None if split.unlabeled_counts is None else list(split.unlabeled_counts),
         "test_counts": manifest.counts["test"],
         "steps": config.optim.steps,
-        "seconds": seconds,
-        "training_seconds": training_seconds,
+        "seconds": clock.total,
+        "training_seconds": clock.training,
+        "cpu_seconds": clock.cpu,
         "images_per_second": per_second * (labeled + unlabeled),
         "rows_per_second": per_second * (labeled + (1 + strong) * unlabeled),
         "predicts": predicts,
@@ -97,7 +97,10 @@ def summarise(
         "manifest_sha256": manifest.sha256,
         "seed": config.seed,
         "status": "finished",
-        **{key: environment[key] for key in ("precision", "device", "hardware", "commit", "versions")},
+        **{
+            key: environment[key]
+            for key in ("processes", "threads", "precision", "device", "hardware", "commit", "versions")
+        },
     }
     if validations:
         chosen = max(validations, key=lambda record: record["heads"][predicts]["balanced_accuracy"])

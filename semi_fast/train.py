@@ -49,7 +49,9 @@ def run(config: Config) -> dict[str, Any]:
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
     manifest = load_manifest(config.data.path)
     split = seal_split(split_for(manifest, "run", config.split))
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), log_with=list(config.log.track) or None)
+    accelerator = Accelerator(
+        cpu=config.device == "cpu" or not torch.cuda.is_available(), log_with=list(config.log.track) or None
+    )
     try:
         return run_with(config, manifest, split, accelerator)
     finally:
@@ -108,7 +110,9 @@ def run_with(config: Config, manifest: Manifest, split: Split, accelerator: Acce
         eval_sets=eval_sets(manifest, split, device),
         labeled_counts=split.labeled_counts,
         plain_view=augmenter.plain,
-        metrics=runlog.MetricsFile(run_dir / "metrics.jsonl", saved.meta["metrics_bytes"] if saved else 0) if main else None,
+        metrics=runlog.MetricsFile(run_dir / "metrics.jsonl", saved.meta["metrics_bytes"] if saved else 0)
+        if main
+        else None,
         screen=runlog.Screen(
             f"{config.method.name}", steps=config.optim.steps, start=saved.meta["step"] if saved else 0, quiet=not main
         ),
@@ -138,7 +142,7 @@ def run_with(config: Config, manifest: Manifest, split: Split, accelerator: Acce
         engine.screen.close()
     summary: dict[str, Any] = {}
     if engine.metrics is not None:
-        summary = summarise(config, manifest, split, environment, engine.metrics, engine.clock.total, engine.clock.training)
+        summary = summarise(config, manifest, split, environment, engine.metrics, engine.clock)
         runlog.write_json(run_dir / "summary.json", summary)
         write_report([run_dir], run_dir / "report.html")
         engine.screen.line(f"report: {run_dir / 'report.html'}")
@@ -151,7 +155,9 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> Con
     precision = config.precision
     if precision == "auto":
         if accelerator.mixed_precision not in PRECISION:
-            raise ValueError(f"precision must be fp32, bf16, fp16 or fp64; accelerate says {accelerator.mixed_precision}")
+            raise ValueError(
+                f"precision must be fp32, bf16, fp16 or fp64; accelerate says {accelerator.mixed_precision}"
+            )
         precision = PRECISION[accelerator.mixed_precision]
     run_dir = config.run_dir
     if run_dir is None and config.resume not in ("none", "auto"):
@@ -188,7 +194,7 @@ def open_run_dir(config: Config, warn: Callable[[str], None]) -> tuple[Path, che
         if differ:
             key = differ[0]
             raise ValueError(
-                f"checkpoint {saved.path} is of another config: {key} is {its.get(key)} there and {mine.get(key)} here; "
+                f"checkpoint {saved.path} is of another config: {key} is {its.get(key)} there, {mine.get(key)} here; "
                 "use its config.yaml, or a new run_dir"
             )
     return run_dir, saved
@@ -256,12 +262,14 @@ def opening(
     config: Config, manifest: Manifest, split: Split, env: dict[str, Any], layout: RowLayout, model: torch.nn.Module
 ) -> str:
     """What a run says first."""
-    unlabeled = "unknown classes" if split.unlabeled_counts is None else f"{sum(split.unlabeled_counts)} not labeled too"
+    unlabeled = (
+        "unknown classes" if split.unlabeled_counts is None else f"{sum(split.unlabeled_counts)} not labeled too"
+    )
     parameters = sum(p.numel() for p in model.parameters())
     return "\n".join(
         [
-            f"{config.method.name} on {manifest.dataset}: {len(split.labeled)} labeled, {len(split.unlabeled)} unlabeled "
-            f"({unlabeled}), {manifest.length('test')} test images, {manifest.num_classes} classes",
+            f"{config.method.name} on {manifest.dataset}: {len(split.labeled)} labeled, {len(split.unlabeled)} "
+            f"unlabeled ({unlabeled}), {manifest.length('test')} test images, {manifest.num_classes} classes",
             f"{config.model.name}, {parameters:,} parameters; {env['precision']} on {env['hardware']}; "
             f"{env['processes']} process(es), {layout.total} rows each; {config.optim.steps} steps",
             f"run: {config.run_dir}",
@@ -282,7 +290,11 @@ def guarded(config: Config) -> int:
         code, message = 3, str(error)
     if code:
         print(f"semi-fast: {' '.join(message.split())}", file=sys.stderr)
-    if config.run_dir is not None and Path(config.run_dir, "config.yaml").exists() and os.environ.get("RANK", "0") == "0":
+    if (
+        config.run_dir is not None
+        and Path(config.run_dir, "config.yaml").exists()
+        and os.environ.get("RANK", "0") == "0"
+    ):
         runlog.write_json(Path(config.run_dir) / "status.json", {"exit_code": code, "message": message})
     return code
 

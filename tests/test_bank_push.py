@@ -68,7 +68,10 @@ def test_equals_the_sequential_rule(steps: list[list[tuple[int, float, bool]]], 
 @pytest.mark.parametrize("classes", [2, 10, 127])
 def test_many_rows_of_many_classes(classes: int) -> None:
     generator = torch.Generator().manual_seed(classes)
-    bank, model = memory_bank.empty(classes, 8, 3, device=torch.device("cpu"), dtype=torch.float32), OneByOne(classes, 8)
+    bank, model = (
+        memory_bank.empty(classes, 8, 3, device=torch.device("cpu"), dtype=torch.float32),
+        OneByOne(classes, 8),
+    )
     for step in range(30):
         labels = torch.randint(0, classes, (128,), generator=generator)
         confidences = (0.7 + 0.3 * torch.rand(128, generator=generator)).mul(64).round().div(64)

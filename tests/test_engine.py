@@ -100,7 +100,16 @@ def test_other_methods_resume_too(digits: Path, tmp_path: Path, name: str) -> No
     assert records(tmp_path / "a") == records(tmp_path / "b")
 
 
-SAVED_ENTRIES = ("model.", "average.", "momentum.", "method.bank.", "method.label_counts", "method.label_share", "method.center", "interval.")
+SAVED_ENTRIES = (
+    "model.",
+    "average.",
+    "momentum.",
+    "method.bank.",
+    "method.label_counts",
+    "method.label_share",
+    "method.center",
+    "interval.",
+)
 
 
 @pytest.mark.parametrize("entry", SAVED_ENTRIES)
@@ -126,7 +135,9 @@ def test_every_kind_of_saved_entry_matters(whole: Path, digits: Path, tmp_path: 
     assert not same
 
 
-def test_the_truth_of_unlabeled_images_changes_no_training_bit(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_truth_of_unlabeled_images_changes_no_training_bit(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from semi_fast import train
 
     run(config(digits, tmp_path / "a"))

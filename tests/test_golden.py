@@ -31,7 +31,9 @@ def test_learning_rate(step: int, lr: float) -> None:
 
 def test_ema_weight() -> None:
     assert ema_weight(tensor(0), decay=0.999, ramp=False).item() == pytest.approx(0.001)
-    assert [ema_weight(tensor(t), decay=0.9, ramp=True).item() for t in (0, 1, 3, 99)] == pytest.approx([1, 0.5, 0.25, 0.1])
+    assert [ema_weight(tensor(t), decay=0.9, ramp=True).item() for t in (0, 1, 3, 99)] == pytest.approx(
+        [1, 0.5, 0.25, 0.1]
+    )
 
 
 def test_hardness_weight() -> None:
@@ -71,8 +73,9 @@ def mixed(valid: Tensor) -> Tensor:
     found = []
     for k in range(3):  # rotate the classes so that each in turn is scaled up to be the label: only `confidence` shows
         order = [k, (k + 1) % 3, (k + 2) % 3]
+        z = logits[:, order]
         result = pseudo_label(
-            logits[:, order], logits[:, order], QUERY, PROTOTYPES[order], valid[order], weights[order], torch.zeros(3, dtype=D),
+            z, z, QUERY, PROTOTYPES[order], valid[order], weights[order], torch.zeros(3, dtype=D),
             threshold=0.99, prototype_temperature=0.5, hardness_scale=tensor(0.75, dtype=D),
         )  # fmt: skip
         found.append(result)
@@ -104,7 +107,12 @@ def test_without_a_valid_class_nothing_is_mixed_bit_for_bit() -> None:
 def test_embedding_alignment() -> None:
     strong = f64([[0.3, 0.0, 0.1]]).requires_grad_()
     loss, target = embedding_align(
-        f64([[0.2, 0.1, 0.4]]), strong, torch.zeros(3, dtype=D), torch.ones(1), temperature=0.09, teacher_temperature=0.018
+        f64([[0.2, 0.1, 0.4]]),
+        strong,
+        torch.zeros(3, dtype=D),
+        torch.ones(1),
+        temperature=0.09,
+        teacher_temperature=0.018,
     )
     torch.testing.assert_close(target[0], f64(1.495e-5, 6e-8, 0.99998500), atol=1e-8, rtol=0)
     assert loss.item() == pytest.approx(2.35675670, abs=5e-9)

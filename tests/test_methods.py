@@ -59,7 +59,9 @@ def warm(name: str) -> tuple[Method, dict[str, Tensor]]:
     return method, state
 
 
-def loss_of(name: str, edit: Callable[[Rows, Outputs], tuple[Rows, Outputs]] = lambda r, o: (r, o), seed: int = 0) -> Loss:
+def loss_of(
+    name: str, edit: Callable[[Rows, Outputs], tuple[Rows, Outputs]] = lambda r, o: (r, o), seed: int = 0
+) -> Loss:
     method, state = warm(name)
     rows, outputs = edit(*batch(method, seed))
     return method.loss(state, rows, outputs, torch.tensor(6))

@@ -18,7 +18,12 @@ def batches(**processes: int) -> Batches:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.sets(st.integers(0, 500), min_size=1, max_size=40), st.integers(0, 2**64 - 1), st.integers(0, 200), st.integers(1, 90))
+@given(
+    st.sets(st.integers(0, 500), min_size=1, max_size=40),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 200),
+    st.integers(1, 90),
+)
 def test_any_stretch_of_a_stream_is_that_of_the_whole(ids: set[int], seed: int, start: int, count: int) -> None:
     stream = Stream(np.array(sorted(ids)), seed=seed, stream=ORDER_LABELED)
     whole = stream.take(0, start + count)

@@ -46,7 +46,13 @@ def program(options: MethodConfig, device: torch.device) -> tuple[TrainStep, Cal
         bad_step=torch.full((), NEVER, dtype=torch.int64, device=device),
     )
     augmenter = Augmenter(
-        AugmentConfig(), seed=0, resolution=(32, 32), mean=(0.5,) * 3, std=(0.2,) * 3, device=device, dtype=torch.float32
+        AugmentConfig(),
+        seed=0,
+        resolution=(32, 32),
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+        device=device,
+        dtype=torch.float32,
     )
     layout = RowLayout(4, 4 if needs.unlabeled else 0, needs.strong_views)
 
@@ -56,7 +62,9 @@ def program(options: MethodConfig, device: torch.device) -> tuple[TrainStep, Cal
         ids = torch.arange(n, device=device)
         return Rows(images, ids, torch.zeros_like(ids), torch.zeros(4, dtype=torch.int64, device=device), layout)
 
-    step = TrainStep(state, method, augmenter.views, optim=OptimConfig(steps=20), ema=EmaConfig(ramp=True), precision="fp32")
+    step = TrainStep(
+        state, method, augmenter.views, optim=OptimConfig(steps=20), ema=EmaConfig(ramp=True), precision="fp32"
+    )
     return step, rows
 
 

@@ -55,7 +55,7 @@ class Loss(NamedTuple):
     terms: dict[str, Tensor]
     """The named parts of `total`, as they enter it."""
     pending: State
-    """Detached, one entry per unlabeled image [U, ...]: what `update` needs. `pseudo_label` int64 and `mask` bool, where
+    """Detached, one entry per unlabeled image [U, ...]: what `update` needs. `pseudo_label` int64 and `mask` bool, if
     given, also feed the diagnostics."""
     stats: dict[str, Tensor]
     """Scalars worth a curve; averaged over the log interval and over processes."""

@@ -31,9 +31,7 @@ class SeMi:
 
     def init(self, env: Environment) -> State:
         classes = env.classes
-        bank = memory_bank.empty(
-            classes, self.options.bank_slots, env.features, device=env.device, dtype=env.dtype
-        )
+        bank = memory_bank.empty(classes, self.options.bank_slots, env.features, device=env.device, dtype=env.dtype)
         return bank | {
             "adjustment": env.log_prior(self.options.adjustment),  # [C]
             "label_counts": torch.zeros(classes, dtype=torch.int64, device=env.device),  # [C], since step 0
@@ -80,11 +78,13 @@ class SeMi:
         )
         terms = {
             "supervised": cross_entropy(labeled, rows.labels),  # eq. 1
-            "unlabeled": masked_cross_entropy(strong, found.label, torch.where(found.mask, found.hardness, 0.0)),  # eq. 9
+            "unlabeled": masked_cross_entropy(  # eq. 9
+                strong, found.label, torch.where(found.mask, found.hardness, 0.0)
+            ),
             "balanced_supervised": cross_entropy(balanced_labeled + state["adjustment"], rows.labels),  # eq. 10
-            "balanced_unlabeled": masked_cross_entropy(
+            "balanced_unlabeled": masked_cross_entropy(  # eq. 11
                 balanced_strong, found.balanced_label, found.balanced_mask.to(dtype)
-            ),  # eq. 11
+            ),
             "alignment": o.alignment_weight * alignment,  # eq. 6
         }
         pending = {
@@ -111,8 +111,8 @@ class SeMi:
         state["label_share"].copy_(torch.where(epoch_ends, counts / counts.sum().clamp_min(1), state["label_share"]))
 
         features = pending["features"].transpose(0, 1).flatten(0, 1)  # [S * U, D], strong_0 first
-        offered = (pending[name].repeat(2) for name in ("pseudo_label", "confidence", "mask"))
-        memory_bank.push(state, features, *offered, step)
+        labels, confidences, offered = (x.repeat(2) for x in (label, pending["confidence"], mask))  # [S * U]
+        memory_bank.push(state, features, labels, confidences, offered, step)
 
         center = o.center_momentum * state["center"] + (1 - o.center_momentum) * pending["target"].mean(0)
         state["center"].copy_(torch.where(self.active(step), center, state["center"]))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import timm
 from torch import Tensor, nn
 
 from semi_fast.batch import Outputs
-
 from semi_fast.schema.model import ModelConfig
 
 
@@ -38,10 +37,10 @@ def make_classifier(options: ModelConfig, classes: int, heads: Sequence[str]) ->
     """
     if not timm.is_model(options.name):
         near = timm.list_models(f"*{options.name.split('_')[0]}*")[:5]
-        raise ValueError(f"model.name must be one of timm's or ours; got {options.name}; near: {', '.join(near) or 'none'}")
-    ours = options.name.startswith("wrn_")
-    kwargs = {"quirk": options.wrn_quirk} if ours else {}
-    backbone = timm.create_model(options.name, pretrained=False, num_classes=0, **kwargs)
+        names = ", ".join(near) or "none"
+        raise ValueError(f"model.name must be one of timm's or ours; got {options.name}; near: {names}")
+    own: dict[str, Any] = {"quirk": options.wrn_quirk} if options.name.startswith("wrn_") else {}
+    backbone = timm.create_model(options.name, pretrained=False, num_classes=0, **own)
     features = getattr(backbone, "num_features", None)
     if not isinstance(features, int):
         raise ValueError(f"model.name must give pooled features; {options.name} does not say how many")
@@ -51,5 +50,3 @@ def make_classifier(options: ModelConfig, classes: int, heads: Sequence[str]) ->
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = options.bn_momentum
     return Classifier(backbone, features, classes, heads)
-
-

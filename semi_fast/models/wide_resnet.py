@@ -17,7 +17,7 @@ class Unit(nn.Module):
 
     `entry` says what the unit does with its first normalisation:
     `"branch"`: it feeds the convolutions, the shortcut takes the raw input (units that keep the width);
-    `"both"`: it feeds convolutions and shortcut (the network's first unit, and all that change the width without quirk);
+    `"both"`: it feeds convolutions and shortcut (the first unit, and without quirk all that change the width);
     `"unused"`: convolutions and shortcut take the raw input (the quirk, see `WideResNet`).
     """
 
@@ -46,7 +46,14 @@ class WideResNet(nn.Module):
     """
 
     def __init__(
-        self, depth: int, width: int, *, num_classes: int = 1000, in_chans: int = 3, quirk: bool = True, **timm_only: Any
+        self,
+        depth: int,
+        width: int,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        quirk: bool = True,
+        **timm_only: Any,
     ):
         super().__init__()
         if (depth - 4) % 6:

@@ -17,7 +17,7 @@ class ModelConfig:
     bn: Literal["sync", "local"] = "sync"
     """With several processes: statistics over the global batch (equal to one process), or over each process's rows."""
     wrn_quirk: bool = True
-    """Wide residual networks: the first unit of groups 2 and 3 skips its first normalisation, as in the published code."""
+    """Wide residual networks: the first unit of groups 2 and 3 skips its first normalisation, as in published code."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def config_keys(schema: type = Config, prefix: str = "") -> list[str]:
+def config_keys(schema: Any = Config, prefix: str = "") -> list[str]:
     """Every leaf of the configuration, dotted."""
     keys: list[str] = []
     for field in dataclasses.fields(schema):

@@ -21,7 +21,7 @@ class PseudoLabels(NamedTuple):
 
 
 def hardness_weight(probs: Tensor, scale: Tensor | float) -> Tensor:
-    """1 - scale + scale * (entropy of each row / log C): in [1 - scale, 1], more for the unsure rows; [n] from [n, C]."""
+    """1 - scale + scale * (entropy of each row / log C): in [1 - scale, 1], more for unsure rows; [n] from [n, C]."""
     p = probs.clamp(1e-8, 1 - 1e-8)
     return 1 - scale - scale * (p * p.log()).sum(1) / math.log(probs.shape[1])
 

@@ -217,7 +217,7 @@ def apply_operations(images: Tensor, operation: Tensor, level: Tensor, sign: Ten
 
 def flip_and_crop(images: Tensor, flip: Tensor, crop: Tensor, pad: int) -> Tensor:
     """Mirror where `flip`, pad by reflection without repeating the edge, cut H x W at `crop`."""
-    n, h, w, _ = images.shape
+    h, w = images.shape[1:3]
     y = torch.arange(h, device=images.device) + crop[:, :1] - pad  # [n, H]
     x = torch.arange(w, device=images.device) + crop[:, 1:] - pad  # [n, W]
     y, x = ((side - 1) - (side - 1 - at.abs()).abs() for at, side in ((y, h), (x, w)))
