@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are ValueErrors."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -39,10 +40,25 @@ def parse_config(argv: Sequence[str]) -> Config:
     try:
         parsed = parser.parse_args([*(f"--config={file}" for file in files), *flags])
     except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(readable(" ".join(str(error).split()))) from error
     del parsed["config"]
     values = parser.instantiate(parsed)
     return Config(**{key: values[key] for key in Config.__dataclass_fields__})
+
+
+def readable(message: str) -> str:
+    """What jsonargparse says of a value of the wrong type, as rule and value; any other message as it is."""
+    found = re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)', message)
+    if found is None:
+        return message
+    key, kind, value = found.groups()
+    if kind.startswith("typing.Literal["):
+        rule = "be one of " + kind.removeprefix("typing.Literal[").removesuffix("]").replace("'", "")
+    elif kind == "<class 'tuple'>":
+        rule = "be a list, [NAME, ...]"
+    else:
+        rule = "be of type " + re.sub(r"<class '(\w+)'>", r"\1", kind)
+    return f"{key} must {rule}; got {value}"
 
 
 def ordered(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -60,15 +76,16 @@ def ordered(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("--"):
             raise ValueError(f"arguments are flags, --key=value; got {word!r}")
         name, equals, value = word[2:].partition("=")
+        key = name.replace("-", "_")
+        if key != "config":
+            check_keys([key], "command line")
         if not equals:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value: --{name}=VALUE")
             value = words.pop(0)
-        key = name.replace("-", "_")
         if key == "config":
             files.append(value)
         else:
-            check_keys([key], "command line")
             flags.append(f"--{key}={value}")
     return files, flags
 

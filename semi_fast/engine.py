@@ -14,10 +14,11 @@ from torch import Tensor
 
 from semi_fast import checkpoint, processes
 from semi_fast.batch import RowLayout, Rows
-from semi_fast.metrics import Interval, add_pairs, scores
+from semi_fast.metrics import Interval, add_pairs
 from semi_fast.runlog import Clock, MetricsFile, Screen
 from semi_fast.sampling import Batches
 from semi_fast.schema.config import Config
+from semi_fast.scores import scores
 from semi_fast.step import NEVER, TrainStep
 
 
@@ -62,7 +63,7 @@ class Engine:
         meta: dict[str, Any],
         track: Callable[[dict[str, float], int], None],
     ):
-        """`read` is a source's; `labels` int64 [samples], -1 but for labeled ones; the main process alone has `metrics`."""
+        """`read` is a source's; `labels` int64 [samples], -1 unless labeled; `metrics` None but on the main process."""
         self.config, self.program, self.read, self.batches = config, program, read, batches
         self.layout, self.labels, self.interval, self.eval_sets = layout, labels, interval, eval_sets
         self.labeled_counts, self.plain_view = labeled_counts, plain_view

@@ -1,11 +1,10 @@
-"""Counts on the device and the scores that follow from them."""
+"""Counts on the device, and what a log interval sums."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,43 +16,6 @@ def add_pairs(counts: Tensor, truth: Tensor, predicted: Tensor, counted: Tensor)
     classes = counts.shape[1]
     cell = torch.where(counted, truth * classes + predicted, 0)
     counts.view(-1).index_add_(0, cell, counted.to(counts.dtype))
-
-
-def class_groups(labeled_counts: Sequence[int]) -> dict[str, list[int]]:
-    """Classes by labeled frequency: the first third (rounded down) is many, the last few, the rest medium.
-
-    Ties go by class index; with two classes the groups are one, none and one.
-    """
-    order = np.argsort(-np.asarray(labeled_counts), kind="stable").tolist()
-    third = max(1, len(order) // 3)
-    return {"many": order[:third], "medium": order[third : len(order) - third], "few": order[len(order) - third :]}
-
-
-def scores(confusion: np.ndarray, labeled_counts: Sequence[int]) -> dict[str, Any]:
-    """What a confusion matrix (int [C, C], rows the truth) says, in percent; None where no image decides it.
-
-    top1; balanced_accuracy: mean recall over classes that occur; geometric_mean of recalls, zeros raised to
-    1 / (100 C); many, medium, few: mean recall of `class_groups`; recall: [C].
-    """
-    confusion = confusion.astype(np.float64)
-    occurring = confusion.sum(1)
-    if not occurring.sum():
-        raise ValueError("scores need at least one image; the confusion matrix is empty")
-    recall = np.divide(confusion.diagonal(), occurring, out=np.full(len(confusion), np.nan), where=occurring > 0)
-
-    def mean_recall(classes: list[int]) -> float | None:
-        known = [recall[c] for c in classes if not np.isnan(recall[c])]
-        return float(100 * np.mean(known)) if known else None
-
-    known = recall[~np.isnan(recall)]
-    floor = 1 / (100 * len(confusion))
-    return {
-        "top1": float(100 * confusion.trace() / confusion.sum()),
-        "balanced_accuracy": float(100 * known.mean()),
-        "geometric_mean": float(100 * np.exp(np.log(np.where(known == 0, floor, known)).mean())),
-        **{name: mean_recall(classes) for name, classes in class_groups(labeled_counts).items()},
-        "recall": [None if np.isnan(r) else float(100 * r) for r in recall],
-    }
 
 
 class Interval:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,28 @@ def run(config: Config) -> dict[str, Any]:
         cpu=config.device == "cpu" or not torch.cuda.is_available(), log_with=list(config.log.track) or None
     )
     try:
-        return run_with(config, manifest, split, accelerator)
+        config = settled(config, manifest, accelerator)
+        meta = provenance(config, manifest, split, accelerator.num_processes)
+        run_dir, saved = open_run_dir(config, meta, warn=lambda text: accelerator.print(f"warning: {text}"))
+        with ending(run_dir) if accelerator.is_main_process else nullcontext():
+            return run_with(config, manifest, split, accelerator, run_dir=run_dir, saved=saved)
     finally:
         accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def run_with(config: Config, manifest: Manifest, split: Split, accelerator: Accelerator) -> dict[str, Any]:
-    config = settled(config, manifest, accelerator)
+def run_with(
+    config: Config,
+    manifest: Manifest,
+    split: Split,
+    accelerator: Accelerator,
+    *,
+    run_dir: Path,
+    saved: checkpoint.Checkpoint | None,
+) -> dict[str, Any]:
+    """Build every part, train, and summarise in a run directory that is ours."""
     main = accelerator.is_main_process
-    run_dir, saved = open_run_dir(config, warn=lambda text: accelerator.print(f"warning: {text}"))
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     device, precision = accelerator.device, config.precision
@@ -169,11 +181,15 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> Con
     return replace(config, precision=precision, run_dir=run_dir)
 
 
-def open_run_dir(config: Config, warn: Callable[[str], None]) -> tuple[Path, checkpoint.Checkpoint | None]:
-    """The run directory, and the checkpoint to go on from; ValueError if it is in use or of another run."""
+def open_run_dir(
+    config: Config, meta: dict[str, Any], *, warn: Callable[[str], None]
+) -> tuple[Path, checkpoint.Checkpoint | None]:
+    """The run directory, and the checkpoint to go on from; ValueError if it is in use, or not of the run of `meta`."""
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     checkpoints = run_dir / "checkpoints"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir must be a directory; {run_dir} is a file: choose another")
     if config.resume == "none":
         if run_dir.exists() and any(run_dir.iterdir()):
             raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")
@@ -182,14 +198,18 @@ def open_run_dir(config: Config, warn: Callable[[str], None]) -> tuple[Path, che
         saved = checkpoint.newest(checkpoints, warn)
     else:
         path = Path(config.resume)
+        if not path.is_dir():
+            raise ValueError(f"resume must be none, auto or a checkpoint directory; {path} is no directory")
         if path.resolve().parent.parent != run_dir.resolve():
-            raise ValueError(f"resume must name a checkpoint of run_dir; got {path} and {run_dir}")
+            raise ValueError(
+                f"resume must name a checkpoint of run_dir; got {path} and {run_dir}: leave run_dir out, or mend it"
+            )
         saved = checkpoint.load(path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # all have looked before anyone writes
     run_dir.mkdir(parents=True, exist_ok=True)
     if saved is not None:
-        mine, its = leaves(identity(config)), leaves(saved.meta["config"])
+        mine, its = leaves(meta["config"]), leaves(saved.meta["config"])
         differ = sorted(key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key))
         if differ:
             key = differ[0]
@@ -197,6 +217,12 @@ def open_run_dir(config: Config, warn: Callable[[str], None]) -> tuple[Path, che
                 f"checkpoint {saved.path} is of another config: {key} is {its.get(key)} there, {mine.get(key)} here; "
                 "use its config.yaml, or a new run_dir"
             )
+        for key in ("manifest_sha256", "split_sha256"):
+            if saved.meta[key] != meta[key]:
+                raise ValueError(
+                    f"checkpoint {saved.path} is of other data: {key} is {saved.meta[key][:12]} there and "
+                    f"{meta[key][:12]} here; mend data.path or split.file, or use a new run_dir"
+                )
     return run_dir, saved
 
 
@@ -277,26 +303,35 @@ def opening(
     )
 
 
+@contextmanager
+def ending(run_dir: Path) -> Iterator[None]:
+    """Say in `status.json` how the run ended: exit code and message; while it runs there is no such file."""
+    status = run_dir / "status.json"
+    status.unlink(missing_ok=True)
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        if (run_dir / "config.yaml").exists():  # a start that was refused leaves the directory empty
+            runlog.write_json(status, {"exit_code": exit_code(error), "message": str(error)})
+        raise
+    runlog.write_json(status, {"exit_code": 0, "message": "finished"})
+
+
+def exit_code(error: Exception) -> int:
+    """4 for numerics, 2 for what the user must change, 3 for the machine."""
+    if isinstance(error, NonFiniteError):
+        return 4
+    return 2 if isinstance(error, ValueError) else 3
+
+
 def guarded(config: Config) -> int:
-    """Run, and turn every expected failure into one line, `status.json` and an exit code."""
-    code, message = 0, "finished"
+    """Run, and turn every expected failure into one line and an exit code."""
     try:
         run(config)
-    except NonFiniteError as error:
-        code, message = 4, str(error)
-    except ValueError as error:
-        code, message = 2, str(error)
-    except (RuntimeError, OSError) as error:
-        code, message = 3, str(error)
-    if code:
-        print(f"semi-fast: {' '.join(message.split())}", file=sys.stderr)
-    if (
-        config.run_dir is not None
-        and Path(config.run_dir, "config.yaml").exists()
-        and os.environ.get("RANK", "0") == "0"
-    ):
-        runlog.write_json(Path(config.run_dir) / "status.json", {"exit_code": code, "message": message})
-    return code
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"semi-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        return exit_code(error)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -305,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        print(f"semi-fast: {error}", file=sys.stderr)
+        print(f"semi-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return guarded(config)
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from semi_fast.scores import class_groups
+
 METRICS = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few")
 COUNTS = ("seen", "used", "correct", "predicted")
 AVERAGED = 20  # evaluations behind the headline, where there are as many
@@ -100,9 +102,8 @@ class Run:
     @cached_property
     def groups(self) -> dict[str, np.ndarray]:
         """Class ids of the third with most labeled images, the third with fewest, and the rest between them."""
-        third = len(self.order) // 3
-        cut = len(self.order) - third
-        return {"many": self.order[:third], "medium": self.order[third:cut], "few": self.order[cut:]}
+        groups = class_groups(np.nan_to_num(self.labeled_counts).tolist())
+        return {name: np.array(classes, dtype=np.int64) for name, classes in groups.items()}
 
     def of(self, split: str) -> tuple[Evaluation, ...]:
         """The evaluations on `test` or `validation`, by step."""

@@ -122,6 +122,11 @@ def check(config: Config) -> None:
             "method.semi.warmup_epochs * method.epoch_steps must be below optim.steps; got "
             f"{semi.warmup_epochs} * {c.method.epoch_steps} and {c.optim.steps}",
         ),
+        (c.run_dir != "", "run_dir must name a directory; it is empty: give one, or null for a fresh one under runs/"),
+        (
+            c.resume != "auto" or c.run_dir is not None,
+            "resume auto needs run_dir, the run to go on with; got null: set run_dir",
+        ),
         (0 <= c.seed < 2**64, f"seed must lie in 0..2**64 - 1; got {c.seed}"),
     ]
     for holds, message in rules:

@@ -22,6 +22,9 @@ class StrictLoader(yaml.SafeLoader):
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
             raise ValueError(f"the key {sorted(twice)[0]} stands twice (line {node.start_mark.line + 1}); keep one")
+        dotted = [key for key in keys if isinstance(key, str) and "." in key]
+        if dotted:  # a second spelling of a nested key, which could give it twice
+            raise ValueError(f"the key {dotted[0]} has a dot; write its last part indented under its section")
         return super().construct_mapping(node, deep)
 
 
@@ -39,11 +42,14 @@ def check_keys(keys: list[str], where: str) -> None:
     """Raise ValueError for the first dotted key that the configuration does not have, with the nearest that it has."""
     known = config_keys()
     for key in keys:
+        inside = [k for k in known if k.startswith(f"{key}.")]
+        if inside:
+            raise ValueError(f"{where}: {key} is a section, not a key; give its keys, such as {inside[0]}")
         if key not in known:
             last = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4) or last
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{where}: there is no key {key}{hint}")
+            hint = f"did you mean {near[0]}?" if near else "semi-fast train --help lists them"
+            raise ValueError(f"{where}: there is no key {key}; {hint}")
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -57,9 +63,14 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_file(path: Path) -> None:
     """Raise ValueError in one line unless the file is YAML whose every key the configuration has, once."""
     try:
+        if not path.is_file():  # a pipe, too: the file is read twice
+            raise ValueError("no such configuration file; see configs/ for some")
         if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path}: a configuration has at most {MAX_BYTES} bytes")
+            raise ValueError(f"a configuration has at most {MAX_BYTES} bytes")
         tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506, a SafeLoader
+        if not isinstance(tree, dict):
+            raise ValueError(f"a configuration is a mapping of keys; got {type(tree).__name__}")
+        names = list(leaves(tree))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read as a configuration: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -68,9 +79,9 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a configuration is a mapping of keys; got {type(tree).__name__}")
-    check_keys(list(leaves(tree)), str(path))
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deep, or within itself; write the keys out") from error
+    check_keys(names, str(path))
 
 
 def dump(config: Config) -> str:

@@ -1,0 +1,1 @@
+"""Measurements: never packaged; each writes a CSV with provenance into `benchmarks/results/`."""
