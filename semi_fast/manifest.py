@@ -67,6 +67,7 @@ class Split:
     """Which sample ids are labeled, unlabeled and held out for validation; int64 [n] each."""
 
     name: str
+    """That of its file; not part of the digest, so that equal splits have equal digests."""
     rule: str
     parameters: dict[str, Any]
     """Every `split.` key but `file`, defaults included: `SplitConfig(**parameters)` makes this split again."""
@@ -133,7 +134,7 @@ def seal_split(split: Split) -> Split:
 def split_document(split: Split) -> dict[str, Any]:
     """What the split's file holds, but for the digest."""
     body = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(split).items()}
-    del body["sha256"]
+    del body["name"], body["sha256"]
     return {"version": SCHEMA_VERSION, **body}
 
 
@@ -168,7 +169,7 @@ def load_split(path: str | Path, manifest: Manifest) -> Split:
     try:
         unlabeled_counts = document["unlabeled_counts"]
         split = Split(
-            name=str(document["name"]),
+            name=path.stem,
             rule=str(document["rule"]),
             parameters=dict(document["parameters"]),
             manifest_sha256=manifest.sha256,

@@ -1,0 +1,44 @@
+"""Every command in the README is one that the program takes, and every path it names is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from semi_fast.cli import make_parser, normal, parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.M | re.S)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+OURS = [shlex.split(line) for line in COMMANDS if "semi-fast" in line or "semi_fast.train" in line]
+
+
+@pytest.mark.parametrize("words", OURS, ids=" ".join)
+def test_commands_are_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = [word for word in words if word != "..."]
+    if "semi_fast.train" in words:
+        flags = [
+            w.replace("C", "configs/cifar10_lt/cpu_semi.yaml") for w in words[words.index("semi_fast.train") + 1 :]
+        ]
+        parse_config(flags)
+    elif words[1] == "train":
+        parse_config(words[2:])
+    else:
+        make_parser().parse_args([normal(word) for word in words[1:]])
+
+
+def test_there_are_commands() -> None:
+    assert len(OURS) >= 8
+    assert {"make demo", "make test"} <= set(COMMANDS)
+
+
+def test_paths_exist() -> None:
+    for path in re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(
+        r"`((?:docs|configs|benchmarks|semi_fast)/[\w./]+)`", TEXT
+    ):
+        assert (ROOT / path).exists(), path
