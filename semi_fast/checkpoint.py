@@ -48,7 +48,7 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
             raise RuntimeError(f"checkpoint of step {step}: {name} is not finite; nothing was saved")
     final, hidden = root / f"step_{step:09d}", root / f".tmp-{os.getpid()}-{step}"
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(".tmp-*"):
+    for left in (*root.glob(".tmp-*"), *root.glob(".del-*")):
         shutil.rmtree(left)
     hidden.mkdir()
     try:
@@ -68,11 +68,21 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
     except (OSError, SafetensorError) as error:
         shutil.rmtree(hidden, ignore_errors=True)
         raise RuntimeError(f"checkpoint of step {step} could not be written to {root}: {error} (disk full?)") from error
-    for old in published(root)[keep:]:
-        retired = old.with_name(f".del-{old.name}")
-        old.rename(retired)
-        shutil.rmtree(retired)
+    retire(published(root)[keep:])
     return final
+
+
+def retire(paths: list[Path]) -> None:
+    """Delete checkpoints; each is gone at once for whoever looks for one."""
+    for path in paths:
+        hidden = path.with_name(f".del-{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def retire_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, whole or damaged: a run that goes on from `step` writes its own."""
+    retire([path for path in published(root) if path.name > f"step_{step:09d}"])
 
 
 def published(root: Path) -> list[Path]:

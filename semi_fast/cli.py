@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from semi_fast import __version__
+from semi_fast.errors import EXPECTED, exit_code, one_line
 from semi_fast.schema.config import Config
 
 TRAIN_HELP = """semi-fast train --config FILE [--key=value ...]
@@ -171,12 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point: expected failures are one line and exit code 2 (the user's to mend) or 3 (the machine's)."""
     try:
         return run_command(list(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
-        print(f"semi-fast: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"semi-fast: {' '.join(str(error).split())}", file=sys.stderr)
-        return 3
+    except EXPECTED as error:
+        print(one_line(error), file=sys.stderr)
+        return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -23,4 +23,5 @@ class WeightAverage:
         change = torch._foreach_sub(self.current, self.averaged)
         torch._foreach_mul_(change, weight.to(change[0].dtype))
         torch._foreach_add_(self.averaged, change)
-        torch._foreach_copy_(*self.buffers)
+        if self.buffers[0]:
+            torch._foreach_copy_(*self.buffers)

@@ -14,21 +14,13 @@ from torch import Tensor
 
 from semi_fast import checkpoint, processes
 from semi_fast.batch import RowLayout, Rows
+from semi_fast.errors import NonFiniteError
 from semi_fast.metrics import Interval, add_pairs
 from semi_fast.runlog import Clock, MetricsFile, Screen
 from semi_fast.sampling import Batches
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
 from semi_fast.step import NEVER, TrainStep
-
-
-class NonFiniteError(RuntimeError):
-    """A step whose loss or outputs were not finite."""
-
-    def __init__(self, step: int, ids: list[int]):
-        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-        super().__init__(f"loss or outputs are not finite at step {step} (sample ids {shown}); lower optim.lr")
-        self.step, self.ids = step, ids
 
 
 @dataclass
@@ -74,6 +66,7 @@ class Engine:
     def fit(self, start: int) -> None:
         """Train from step `start` to the end; raises NonFiniteError, after which nothing has been saved."""
         c, steps = self.config, self.config.optim.steps
+        self.screen.begin(start)
         self.clock.lap()
         for step in range(start, steps):
             self.one_step(step)
@@ -82,6 +75,7 @@ class Engine:
             if last or done % c.log.every == 0:
                 self.log(done)
             if last or done % c.eval.every == 0:
+                self.check_finite()
                 self.pause()
                 for eval_set in self.eval_sets:
                     self.record_evaluation(eval_set, done, last=last)
@@ -141,6 +135,7 @@ class Engine:
         self.track({**means, "lr": record["lr"]}, done)
         used = f"  used {100 * pseudo_labels['used_fraction']:.0f}%" if pseudo_labels else ""
         self.screen.news(done, f"loss {means['total']:.3f}{used}  {record['images_per_second']:.0f} images/s")
+        self.clock.lap()  # files, trackers and screen are no training
 
     def write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -153,6 +148,7 @@ class Engine:
         Every process takes a contiguous share in forwards of one fixed size; rows that pad the last are not counted.
         """
         model, method = self.program.state.average.model, self.program.method
+        processes.copy_from_first(model.buffers())  # with model.bn=local every process has its own
         n, classes = len(eval_set.labels), len(self.labeled_counts)
         share = -(-n // processes.count())
         size = min(-(-self.config.eval.batch // processes.count()), share)
@@ -202,6 +198,7 @@ class Engine:
     def save(self, done: int) -> None:
         """Publish a checkpoint from the main process; never one that is not finite."""
         self.check_finite()
+        self.interval.share()
         if self.metrics is None:
             return
         self.meta |= {
@@ -210,7 +207,7 @@ class Engine:
             "cpu_seconds": self.clock.cpu,
             "training_seconds": self.clock.training,
             "interval_seconds": self.clock.interval,
-            "metrics_bytes": self.metrics.offset,
+            "metrics_bytes": self.metrics.flush(),
             "interval_steps": self.interval.steps,
             "interval_names": list(self.interval.sums),
             "scaler": self.program.state.scaler.state_dict(),
@@ -220,6 +217,8 @@ class Engine:
     def resume(self, saved: checkpoint.Checkpoint) -> int:
         """Take over the state of a checkpoint; returns the step to go on from."""
         meta = saved.meta
+        if self.metrics is not None:
+            checkpoint.retire_after(self.checkpoints, meta["step"])
         self.interval.open(meta["interval_names"], meta["interval_steps"])
         checkpoint.restore(self.saved_tensors(), saved.tensors)
         if meta["scaler"]:

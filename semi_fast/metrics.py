@@ -52,8 +52,9 @@ class Interval:
 
         Waits for the device.
         """
-        values = processes.sum_in_place(torch.stack([*self.sums.values()])) / processes.count()
-        means = {name: value / self.steps for name, value in zip(self.sums, values.tolist(), strict=True)}
+        self.share()
+        values = torch.stack([*self.sums.values()]).tolist()
+        means = {name: value / self.steps for name, value in zip(self.sums, values, strict=True)}
         used_rows, rows = self.rows.tolist()
         if not rows:
             return means, None
@@ -65,6 +66,13 @@ class Interval:
             "correct": used.diagonal().tolist(),
             "predicted": used.sum(0).tolist(),
         }
+
+    def share(self) -> None:
+        """Replace every process's sums of scalars by their mean over processes."""
+        if self.sums and processes.count() > 1:
+            mean = processes.sum_in_place(torch.stack([*self.sums.values()])) / processes.count()
+            for total, value in zip(self.sums.values(), mean, strict=True):
+                total.copy_(value)
 
     def reset(self) -> None:
         self.steps = 0

@@ -46,6 +46,13 @@ def sum_in_place(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite every tensor with that of the first process."""
+    if count() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def least_in_place(tensor: Tensor) -> Tensor:
     """The elementwise minimum over processes."""
     if count() > 1:

@@ -114,13 +114,15 @@ class Clock:
 class MetricsFile:
     """`metrics.jsonl`: one record a line, appended; a resumed run cuts it back to where its checkpoint was made."""
 
-    def __init__(self, path: Path, offset: int):
-        """Raises ValueError if the file is shorter than `offset` bytes."""
+    def __init__(self, path: Path):
         self.path = path
-        path.touch()
-        if path.stat().st_size < offset:
-            raise ValueError(f"{path} is shorter than the checkpoint says ({offset} bytes); start a new run_dir")
-        os.truncate(path, offset)
+
+    def cut(self, offset: int) -> None:
+        """Begin, or go on, at `offset` bytes; ValueError if the file is shorter than that."""
+        self.path.touch()
+        if self.path.stat().st_size < offset:
+            raise ValueError(f"{self.path} is shorter than the checkpoint says ({offset} bytes); start a new run_dir")
+        os.truncate(self.path, offset)
 
     def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -131,23 +133,29 @@ class MetricsFile:
             found = [json.loads(line) for line in file]
         return [record for record in found if record["kind"] == kind]
 
-    @property
-    def offset(self) -> int:
-        return self.path.stat().st_size
+    def flush(self) -> int:
+        """Force the file to the disk; returns its length in bytes."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
 
 
 class Screen:
     """Progress of a run: a bar with rate and time left on a terminal, one plain line per interval elsewhere."""
 
-    def __init__(self, title: str, *, steps: int, start: int, quiet: bool):
-        self.steps, self.began, self.start, self.quiet = steps, time.monotonic(), start, quiet
+    def __init__(self, title: str, *, steps: int, quiet: bool):
+        self.title, self.steps, self.quiet = title, steps, quiet
         self.console = Console(highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
-        if self.console.is_terminal and not quiet:
+
+    def begin(self, start: int) -> None:
+        """Start counting at step `start`."""
+        self.began, self.start = time.monotonic(), start
+        if self.console.is_terminal and not self.quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, TextColumn("{task.fields[news]}"), console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task(title, total=steps, completed=start, news="")
+            self.task = self.bar.add_task(self.title, total=self.steps, completed=start, news="")
 
     def line(self, text: str) -> None:
         """A line that stays."""

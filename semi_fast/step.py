@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from semi_fast import processes
 from semi_fast.batch import Outputs, Rows
 from semi_fast.ema import WeightAverage
-from semi_fast.methods.base import Method, State
+from semi_fast.methods.base import Loss, Method, State
 from semi_fast.schedule import cosine_7_16, ema_weight
 from semi_fast.schema.model import EmaConfig, OptimConfig
 
@@ -75,15 +75,6 @@ def make_optimizer(model: nn.Module, options: OptimConfig, device: torch.device)
     return optimizer
 
 
-def full_precision(outputs: Outputs) -> Outputs:
-    """Features and logits in float32 (float64 stays): losses, softmax and bank are never in half precision."""
-
-    def widen(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.float()
-
-    return Outputs(widen(outputs.features), {name: widen(z) for name, z in outputs.logits.items()})
-
-
 class TrainStep:
     """Calling it with the rows of a batch does one step on `state`."""
 
@@ -102,22 +93,34 @@ class TrainStep:
         self.device = state.step.device.type
 
     def forward(self, model: nn.Module, views: Tensor) -> Outputs:
-        """One forward in the run's precision."""
+        """One forward in the run's precision; features and logits come in full precision."""
         with torch.autocast(self.device, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
-            return full_precision(model(views))
+            return model(views)
+
+    def watch(self, loss: Loss, outputs: Outputs) -> None:
+        """Note the first step at which something is not finite.
+
+        In fp16 a gradient may overflow: that update is skipped and the scale halved, which is noted only once the scale
+        has fallen below 1, where no gradient of this size should overflow any more.
+        """
+        s = self.state
+        parts = [loss.total, outputs.features.sum(), *(z.sum() for z in outputs.logits.values())]
+        if s.scaler.is_enabled():
+            parts.append(torch.where(s.scaler.scale(torch.ones_like(loss.total)) < 1, torch.inf, 0.0))
+        else:
+            parts += torch._foreach_norm([p.grad for p in s.model.parameters() if p.grad is not None])
+        finite = torch.stack([part.detach() for part in parts]).isfinite().all()
+        s.bad_step.copy_(torch.where(finite, s.bad_step, torch.minimum(s.bad_step, s.step)))
 
     def __call__(self, rows: Rows) -> StepReport:
         s = self.state
         outputs = self.forward(s.model, self.make_views(rows))
         loss = self.method.loss(s.method, rows, outputs, s.step)
 
-        parts = [loss.total, outputs.features.sum(), *(z.sum() for z in outputs.logits.values())]
-        finite = torch.stack([part.detach() for part in parts]).isfinite().all()
-        s.bad_step.copy_(torch.where(finite, s.bad_step, torch.minimum(s.bad_step, s.step)))
-
         s.optimizer.zero_grad(set_to_none=True)
         s.scaler.scale(loss.total).backward()
         processes.mean_gradients(s.model.parameters())
+        self.watch(loss, outputs)
         lr = s.optimizer.param_groups[0]["lr"]
         lr.copy_(cosine_7_16(s.step, base=self.optim.lr, steps=self.optim.steps))
         s.scaler.step(s.optimizer)

@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from semi_fast.engine import Engine
 from semi_fast.manifest import Manifest, Split
-from semi_fast.runlog import Clock, MetricsFile
-from semi_fast.schema.config import Config, plain
-from semi_fast.schema.yaml_file import leaves
+from semi_fast.schema.config import Config, leaves, plain
 
 AVERAGED = 20
 SCORES = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few")
-NOT_THE_PAPERS = ("data.", "split.", "log.", "checkpoint.", "method.name", "method.plugins", "model.bn", "ema.ramp")
 RUN_KEYS = ("batch.", "augment.", "model.", "method.", "optim.", "ema.", "eval.every")
 
 
@@ -57,19 +55,17 @@ def summarise(
     manifest: Manifest,
     split: Split,
     environment: dict[str, Any],
-    metrics: MetricsFile,
-    clock: Clock,
+    engine: Engine,
 ) -> dict[str, Any]:
     """Everything that a table needs of a run, in percent and seconds."""
-    records = metrics.records("eval")
+    assert engine.metrics is not None
+    records = engine.metrics.records("eval")
     tests = [record for record in records if record["split"] == "test"]
     validations = [record for record in records if record["split"] == "validation"]
     predicts = tests[-1]["predicts"]
     best = max(tests, key=lambda record: record["heads"][predicts]["top1"])  # the first of equals
-    labeled = config.batch.labeled
-    unlabeled = labeled * config.batch.unlabeled_ratio if config.method.name != "supervised" else 0
-    strong = {"supervised": 0, "semi": 2}.get(config.method.name, config.method.fixmatch.strong_views)
-    per_second = config.optim.steps / max(clock.training, 1e-9)
+    clock, layout = engine.clock, engine.layout
+    per_second = config.optim.steps * environment["processes"] / max(clock.training, 1e-9)
     summary = {
         "method": config.method.name,
         "plugins": list(config.method.plugins),
@@ -83,8 +79,8 @@ def summarise(
         "seconds": clock.total,
         "training_seconds": clock.training,
         "cpu_seconds": clock.cpu,
-        "images_per_second": per_second * (labeled + unlabeled),
-        "rows_per_second": per_second * (labeled + (1 + strong) * unlabeled),
+        "images_per_second": per_second * layout.images,
+        "rows_per_second": per_second * layout.total,
         "predicts": predicts,
         "evaluations": len(tests),
         "averaged": min(AVERAGED, len(tests)),

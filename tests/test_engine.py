@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from semi_fast import checkpoint
-from semi_fast.engine import NonFiniteError
+from semi_fast.errors import NonFiniteError
 from semi_fast.manifest import load_manifest, load_split
 from semi_fast.train import guarded, label_tables, run
 

@@ -143,7 +143,7 @@ def test_bank_of_two_slots() -> None:
 
 
 def test_network_of_the_lineage() -> None:
-    model = make_classifier(ModelConfig(), 10, ("head", "balanced_head"))
+    model = make_classifier(ModelConfig(), 10, ("head", "balanced_head"), (32, 32))
     sizes = [p.numel() for p in model.parameters()]
     assert (sum(sizes), len(sizes), len(list(model.buffers()))) == (1_468_900, 82, 75)
     assert model.features == 128
@@ -151,7 +151,7 @@ def test_network_of_the_lineage() -> None:
 
 def test_the_quirk_leaves_two_normalisations_without_gradient() -> None:
     def silent(quirk: bool) -> int:
-        model = make_classifier(ModelConfig(name="wrn_10_1", wrn_quirk=quirk), 3, ("head",))
+        model = make_classifier(ModelConfig(name="wrn_10_1", wrn_quirk=quirk), 3, ("head",), (16, 16))
         model(torch.randn(4, 3, 16, 16)).logits["head"].square().sum().backward()
         return sum(p.grad is None for p in model.parameters())
 
@@ -160,7 +160,7 @@ def test_the_quirk_leaves_two_normalisations_without_gradient() -> None:
 
 def test_initial_weights_have_the_published_spread() -> None:
     torch.manual_seed(0)
-    model = make_classifier(ModelConfig(), 10, ("head",))
+    model = make_classifier(ModelConfig(), 10, ("head",), (32, 32))
     conv = model.backbone.units[11].conv2.weight  # type: ignore[union-attr, index]
     assert conv.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.02)  # Kaiming-normal over fan-out
     head = model.heads["head"]

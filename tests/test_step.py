@@ -33,7 +33,7 @@ def program(options: MethodConfig, device: torch.device) -> tuple[TrainStep, Cal
     method = make_method(options, steps=20)
     needs = method.needs
     with device:
-        model, twin = (make_classifier(ModelConfig(name="wrn_10_1"), 10, needs.heads) for _ in range(2))
+        model, twin = (make_classifier(ModelConfig(name="wrn_10_1"), 10, needs.heads, (32, 32)) for _ in range(2))
     with patch("semi_fast.ema.copy.deepcopy", return_value=twin):  # which copies the fake mode too
         average = WeightAverage(model)
     state = TrainState(

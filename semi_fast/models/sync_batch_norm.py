@@ -49,7 +49,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Turn every nn.BatchNorm2d of `model` into a `SyncBatchNorm2d`, in place, parameters and buffers kept."""
+    """Turn every nn.BatchNorm2d of `model` into a `SyncBatchNorm2d`, in place, parameters and buffers kept.
+
+    Raises ValueError if the model has batch normalisation of another kind.
+    """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"model.bn=sync knows nn.BatchNorm2d; this model has {type(module).__name__}: use --model.bn=local, "
+                "whose statistics are each process's own"
+            )

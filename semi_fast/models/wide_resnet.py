@@ -96,8 +96,12 @@ class WideResNet(nn.Module):
         return self.act(self.bn(self.units(self.conv1(x))))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, 3, H, W] -> [n, num_classes], or the pooled features [n, D] where num_classes is 0."""
-        return self.fc(torch.mean(self.forward_features(x), (2, 3)))
+        """[n, 3, H, W] -> [n, num_classes], or the pooled features [n, D] where num_classes is 0.
+
+        The pooling is in float32 also under autocast: features feed thresholds, distances and a bank.
+        """
+        maps = self.forward_features(x)
+        return self.fc((maps if maps.dtype == torch.float64 else maps.float()).mean((2, 3)))
 
 
 SHAPES = ((10, 1), (10, 2), (16, 2), (28, 2), (28, 8))  # depth, width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +49,15 @@ def plain(config: Config) -> dict[str, Any]:
         return list(value) if isinstance(value, tuple) else value
 
     return listed(asdict(config))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary as dotted leaves; an empty dictionary is one."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        flat |= inner or {f"{prefix}{key}": value}
+    return flat
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -114,6 +124,12 @@ def check(config: Config) -> None:
             min(semi.prototype_temperature, semi.alignment_temperature, semi.alignment_sharpening) > 0,
             "method.semi: temperatures and alignment_sharpening must be positive",
         ),
+        (0 <= semi.center_momentum < 1, f"method.semi.center_momentum must lie in [0, 1); got {semi.center_momentum}"),
+        (
+            min(semi.alignment_weight, semi.adjustment, la.strength, c.method.fixmatch.unlabeled_weight) >= 0,
+            "method.semi.alignment_weight, method.semi.adjustment, method.la.strength and "
+            "method.fixmatch.unlabeled_weight must not be negative",
+        ),
         (semi.bank_slots >= 1, f"method.semi.bank_slots must be at least 1; got {semi.bank_slots}"),
         (0 < semi.bank_decay <= 1, f"method.semi.bank_decay must lie in (0, 1]; got {semi.bank_decay}"),
         (semi.bank_decay_every >= 1, f"method.semi.bank_decay_every must be at least 1; got {semi.bank_decay_every}"),
@@ -128,6 +144,11 @@ def check(config: Config) -> None:
             "resume auto needs run_dir, the run to go on with; got null: set run_dir",
         ),
         (0 <= c.seed < 2**64, f"seed must lie in 0..2**64 - 1; got {c.seed}"),
+    ]
+    rules += [
+        (math.isfinite(value), f"{key} must be finite; got {value}")
+        for key, value in leaves(plain(c)).items()
+        if isinstance(value, float)
     ]
     for holds, message in rules:
         if not holds:

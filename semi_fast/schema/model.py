@@ -15,7 +15,8 @@ class ModelConfig:
     bn_momentum: float | None = 0.001
     """Momentum of the batch-normalisation statistics, in torch's convention; empty: the model's own."""
     bn: Literal["sync", "local"] = "sync"
-    """With several processes: statistics over the global batch (equal to one process), or over each process's rows."""
+    """With several processes: statistics over the global batch (equal to one process), or over each process's
+    rows: then the first process's are evaluated and saved."""
     wrn_quirk: bool = True
     """Wide residual networks: the first unit of groups 2 and 3 skips its first normalisation, as in published code."""
 

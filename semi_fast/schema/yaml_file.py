@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from semi_fast.schema.config import Config, plain
+from semi_fast.schema.config import Config, leaves, plain
 
 MAX_BYTES = 2**20
 
@@ -52,14 +52,6 @@ def check_keys(keys: list[str], where: str) -> None:
             raise ValueError(f"{where}: there is no key {key}; {hint}")
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary as dotted leaves."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def check_file(path: Path) -> None:
     """Raise ValueError in one line unless the file is YAML whose every key the configuration has, once."""
     try:
@@ -84,6 +76,21 @@ def check_file(path: Path) -> None:
     check_keys(names, str(path))
 
 
+class QuotingDumper(yaml.SafeDumper):
+    """A safe dumper that quotes text which a YAML 1.2 reader takes for a number, such as 1e-3."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+QuotingDumper.add_representer(str, _text)
+
+
 def dump(config: Config) -> str:
     """The whole configuration as YAML; reading it back gives an equal configuration."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain(config), Dumper=QuotingDumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,31 @@
+"""Failures and the exit codes that name them."""
+
+from __future__ import annotations
+
+
+class NonFiniteError(RuntimeError):
+    """A step whose loss, outputs or gradients were not finite."""
+
+    def __init__(self, step: int, ids: list[int]):
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        super().__init__(
+            f"loss, outputs or gradients are not finite at step {step} (sample ids {shown}); lower optim.lr"
+        )
+        self.step, self.ids = step, ids
+
+
+EXPECTED = (ValueError, RuntimeError, OSError)
+
+
+def exit_code(error: BaseException) -> int:
+    """4 for numerics, 2 for what the user must change, 3 for the machine, 1 for what should not happen."""
+    if isinstance(error, NonFiniteError):
+        return 4
+    if isinstance(error, ValueError):
+        return 2
+    return 3 if isinstance(error, EXPECTED) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """The message as one line of the program."""
+    return f"semi-fast: {' '.join(str(error).split())}"

@@ -1,0 +1,109 @@
+"""Run directories: which one, whether it may be used, and what to go on from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from semi_fast import checkpoint
+from semi_fast.errors import exit_code
+from semi_fast.runlog import write_json
+from semi_fast.schema.config import Config, leaves
+
+
+def run_dir_of(config: Config, dataset: str) -> Path:
+    """`run_dir`, or that of the checkpoint to resume, or a fresh one under runs/; nothing is made yet."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    if config.resume not in ("none", "auto"):
+        return Path(config.resume).resolve().parent.parent
+    return Path("runs") / f"{dataset}_{config.method.name}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def checkpoint_to_resume(
+    run_dir: Path, resume: str, meta: dict[str, Any], warn: Callable[[str], None]
+) -> checkpoint.Checkpoint | None:
+    """What to go on from, None for a start; reads only.
+
+    Raises ValueError if the directory is in use by another run, holds nothing whole to resume, or is not of the run
+    that `meta` describes.
+    """
+    root = run_dir / "checkpoints"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir must be a directory; {run_dir} is a file: choose another")
+    used = run_dir.exists() and any(run_dir.iterdir())
+    if resume == "none":
+        if used:
+            raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")
+        return None
+    if resume == "auto":
+        if used and not (run_dir / "config.yaml").exists():
+            raise ValueError(f"run_dir must be new, empty or a run; {run_dir} has no config.yaml: choose another")
+        saved = checkpoint.newest(root, warn)
+        if saved is None:
+            if checkpoint.published(root):
+                raise ValueError(
+                    f"no checkpoint under {root} is whole; start a new run_dir, or delete them"
+                )
+            return None
+    else:
+        path = Path(resume)
+        if not path.is_dir():
+            raise ValueError(f"resume must be none, auto or a checkpoint directory; {path} is no directory")
+        if path.resolve().parent.parent != run_dir.resolve():
+            raise ValueError(
+                f"resume must name a checkpoint of run_dir; got {path} and {run_dir}: leave run_dir out, or mend it"
+            )
+        saved = checkpoint.load(path)
+    check_same_run(saved, meta)
+    return saved
+
+
+def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
+    """Raise ValueError for the first thing in which a checkpoint is not of the run that `meta` describes."""
+    mine, its = leaves(meta["config"]), leaves(saved.meta["config"])
+    for key in sorted(mine.keys() | its.keys()):
+        if mine.get(key) != its.get(key):
+            raise ValueError(
+                f"checkpoint {saved.path} is of another config: {key} is {its.get(key)} there, {mine.get(key)} here; "
+                "use its config.yaml, or a new run_dir"
+            )
+    for key in ("manifest_sha256", "split_sha256"):
+        if saved.meta[key] != meta[key]:
+            raise ValueError(
+                f"checkpoint {saved.path} is of other data: {key} is {saved.meta[key][:12]} there and "
+                f"{meta[key][:12]} here; mend data.path or split.file, or use a new run_dir"
+            )
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Make the directory ours while the run lasts, and say in its `status.json` how it ended.
+
+    While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "run.lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise ValueError(f"run_dir {run_dir} is in use by {holder}; wait for it, or choose another") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        status = run_dir / "status.json"
+        status.unlink(missing_ok=True)
+        try:
+            yield
+        except BaseException as error:
+            write_json(status, {"exit_code": exit_code(error), "message": str(error) or type(error).__name__})
+            raise
+        write_json(status, {"exit_code": 0, "message": "finished"})
