@@ -48,9 +48,7 @@ def checkpoint_to_resume(
         saved = checkpoint.newest(root, warn)
         if saved is None:
             if checkpoint.published(root):
-                raise ValueError(
-                    f"no checkpoint under {root} is whole; start a new run_dir, or delete them"
-                )
+                raise ValueError(f"no checkpoint under {root} is whole; start a new run_dir, or delete them")
             return None
     else:
         path = Path(resume)

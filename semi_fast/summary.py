@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from semi_fast.engine import Engine
+from semi_fast.batch import RowLayout
 from semi_fast.manifest import Manifest, Split
+from semi_fast.runlog import Clock, MetricsFile
 from semi_fast.schema.config import Config, leaves, plain
 
 AVERAGED = 20
@@ -55,16 +56,16 @@ def summarise(
     manifest: Manifest,
     split: Split,
     environment: dict[str, Any],
-    engine: Engine,
+    metrics: MetricsFile,
+    clock: Clock,
+    layout: RowLayout,
 ) -> dict[str, Any]:
     """Everything that a table needs of a run, in percent and seconds."""
-    assert engine.metrics is not None
-    records = engine.metrics.records("eval")
+    records = metrics.records("eval")
     tests = [record for record in records if record["split"] == "test"]
     validations = [record for record in records if record["split"] == "validation"]
     predicts = tests[-1]["predicts"]
     best = max(tests, key=lambda record: record["heads"][predicts]["top1"])  # the first of equals
-    clock, layout = engine.clock, engine.layout
     per_second = config.optim.steps * environment["processes"] / max(clock.training, 1e-9)
     summary = {
         "method": config.method.name,

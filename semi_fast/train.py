@@ -184,7 +184,8 @@ def conduct(
         engine.screen.close()
     summary: dict[str, Any] = {}
     if engine.metrics is not None:
-        summary = summarise(config, manifest, split, environment, engine)
+        parts = engine.metrics, engine.clock, engine.layout
+        summary = summarise(config, manifest, split, environment, *parts)
         runlog.write_json(run_dir / "summary.json", summary)
         page = write_report([run_dir], run_dir / "report.html")
         engine.screen.line(f"report: {page}")

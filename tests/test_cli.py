@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 import semi_fast
 from semi_fast.cli import main, parse_config
+from semi_fast.engine import Engine
 from semi_fast.sampling import Batches
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.yaml_file import config_keys, dump
@@ -491,6 +493,30 @@ def test_a_damaged_checkpoint_named_is_refused_and_the_newest_whole_one_is_found
     )
 
 
+def test_nothing_to_resume_is_no_reason_to_start_over(
+    finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, flags = tmp_path / "run", [*SHORT, "--resume=auto"]
+    shutil.copytree(finished, run_dir)
+    for step in (2, 4, 6):
+        truncated(saved(run_dir, step) / "meta.json")
+    not_started(capsys, digits, run_dir, flags, ["no checkpoint under", run_dir, "is whole", "new run_dir"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("not a run")
+    not_started(capsys, digits, tmp_path / "mine", flags, ["run_dir must be", tmp_path / "mine", "no config.yaml"])
+
+
+def test_a_run_directory_in_use_by_another_process(
+    finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    with (run_dir / "run.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        words = ["run_dir", run_dir, "in use by", "choose another"]
+        not_started(capsys, digits, run_dir, [*SHORT, "--resume=auto"], words)
+
+
 def test_a_checkpoint_named_knows_its_run_and_no_other(
     finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -509,8 +535,6 @@ def test_a_checkpoint_named_knows_its_run_and_no_other(
 def test_a_stale_status_does_not_outlive_the_next_start(
     finished: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from semi_fast import train as program
-
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     seen: list[bool] = []
@@ -519,7 +543,7 @@ def test_a_stale_status_does_not_outlive_the_next_start(
         seen.append((run_dir / "status.json").exists())
         raise OSError("no space left\non device")
 
-    monkeypatch.setattr(program, "run_with", full)
+    monkeypatch.setattr(Engine, "fit", full)
     refused(capsys, train(digits, run_dir, *SHORT, "--resume=auto"), ["no space left on device"], code=3)
     assert seen == [False]
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 3

@@ -27,11 +27,11 @@ NOT_SOURCE = ("build", "dist", "data", "runs")
 LEVELS = {
     6: "cli train demo",
     5: "engine report export pipelines data_prep summary",
-    4: "step",
+    4: "step rundir",
     3: "methods models checkpoint runlog",
     2: "memory_bank ema schedule metrics scores sampling",
     1: "ops",
-    0: "batch schema manifest philox processes",
+    0: "batch schema manifest philox processes errors",
     -1: "sealed_json",  # the file format under the manifest
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
