@@ -98,7 +98,7 @@ def make_split(manifest: Manifest, name: str, config: SplitConfig) -> Split:
         name=name,
         rule=config.rule,
         parameters=_parameters(config),
-        manifest_sha256=manifest.sha256,
+        data_sha256=manifest.data_sha256,
         labeled=labeled,
         unlabeled=unlabeled,
         validation=_join([rows[len(rows) - held :] for rows in order]),

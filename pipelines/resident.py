@@ -13,7 +13,7 @@ class ResidentSource:
     """uint8 [samples, H, W, 3]: the rows of `train`, then those of `unlabeled`."""
 
     def __init__(self, manifest: Manifest, device: torch.device):
-        parts = [manifest.images(part) for part in ("train", "unlabeled")]
+        parts = [manifest.verified_images(part) for part in ("train", "unlabeled")]
         needed = sum(part.nbytes for part in parts)
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]

@@ -44,6 +44,12 @@ class Manifest:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def data_sha256(self) -> str:
+        """Digest of the classes and arrays alone: the same wherever, and by whatever command, they were prepared."""
+        arrays = {name: entry["sha256"] for name, entry in self.files.items()}
+        return digest({"class_names": list(self.class_names), "arrays": arrays})
+
     def length(self, part: str) -> int:
         """Number of images in a part; sample ids run through train, then unlabeled."""
         counts = self.counts[part]
@@ -54,6 +60,12 @@ class Manifest:
         if self.length(part) == 0:
             return np.zeros((0, *self.resolution, 3), np.uint8)
         return _open_array(self, images_file(part))
+
+    def verified_images(self, part: str) -> np.ndarray:
+        """As `images`, after hashing the file: for whoever reads all of it."""
+        if self.length(part):
+            _check_content(self, images_file(part))
+        return self.images(part)
 
     def labels(self, part: str) -> np.ndarray:
         """int64 [n] of `train` or `test`; the unlabeled part has none."""
@@ -71,7 +83,8 @@ class Split:
     rule: str
     parameters: dict[str, Any]
     """Every `split.` key but `file`, defaults included: `SplitConfig(**parameters)` makes this split again."""
-    manifest_sha256: str
+    data_sha256: str
+    """`Manifest.data_sha256` of the data set whose samples the ids name."""
     labeled: np.ndarray
     unlabeled: np.ndarray
     validation: np.ndarray
@@ -121,9 +134,8 @@ def load_manifest(root: str | Path) -> Manifest:
 def verify_manifest(manifest: Manifest) -> None:
     """Re-hash every file; ValueError names the first that is not what the manifest says."""
     load_manifest(manifest.root)
-    for name, entry in sorted(manifest.files.items()):
-        if file_sha256(manifest.root / name) != entry.get("sha256"):
-            raise ValueError(f"{manifest.root / name}: content differs from its SHA-256 in the manifest; prepare again")
+    for name in sorted(manifest.files):
+        _check_content(manifest, name)
 
 
 def seal_split(split: Split) -> Split:
@@ -164,15 +176,15 @@ def load_split(path: str | Path, manifest: Manifest) -> Split:
     if not path.is_file():
         raise ValueError(f"{path}: no such split file; make one with `semi-fast split`")
     document = read_sealed(path, SCHEMA_VERSION)
-    if document.get("manifest_sha256") != manifest.sha256:
-        raise ValueError(f"{path}: made for another data set (manifest SHA-256 differs); make the split again")
+    if document.get("data_sha256") != manifest.data_sha256:
+        raise ValueError(f"{path}: made for another data set (the data's SHA-256 differs); make the split again")
     try:
         unlabeled_counts = document["unlabeled_counts"]
         split = Split(
             name=path.stem,
             rule=str(document["rule"]),
             parameters=dict(document["parameters"]),
-            manifest_sha256=manifest.sha256,
+            data_sha256=manifest.data_sha256,
             labeled=_ids(document["labeled"]),
             unlabeled=_ids(document["unlabeled"]),
             validation=_ids(document["validation"]),
@@ -273,6 +285,12 @@ def _check_arrays(manifest: Manifest) -> None:
         if labels.min() < 0 or labels.max() >= classes or _per_class(labels, classes) != manifest.counts[part]:
             path = manifest.root / labels_file(part)
             raise ValueError(f"{path}: labels differ from the manifest's counts; prepare again")
+        _check_content(manifest, labels_file(part))
+
+
+def _check_content(manifest: Manifest, name: str) -> None:
+    if file_sha256(manifest.root / name) != manifest.files[name].get("sha256"):
+        raise ValueError(f"{manifest.root / name}: content differs from its SHA-256 in the manifest; prepare again")
 
 
 def _open_array(manifest: Manifest, name: str) -> np.ndarray:

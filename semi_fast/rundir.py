@@ -72,7 +72,7 @@ def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
                 f"checkpoint {saved.path} is of another config: {key} is {its.get(key)} there, {mine.get(key)} here; "
                 "use its config.yaml, or a new run_dir"
             )
-    for key in ("manifest_sha256", "split_sha256"):
+    for key in ("data_sha256", "split_sha256"):
         if saved.meta[key] != meta[key]:
             raise ValueError(
                 f"checkpoint {saved.path} is of other data: {key} is {saved.meta[key][:12]} there and "

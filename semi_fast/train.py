@@ -197,7 +197,7 @@ def provenance(config: Config, manifest: Manifest, split: Split, processes: int)
     """What a checkpoint says of the run it belongs to."""
     return {
         "config": identity(config),
-        "manifest_sha256": manifest.sha256,
+        "data_sha256": manifest.data_sha256,
         "split_sha256": split.sha256,
         "processes": processes,
         "versions": runlog.versions(),
@@ -244,7 +244,7 @@ def eval_sets(manifest: Manifest, split: Split, device: torch.device) -> list[Ev
     def on_device(array: Any) -> torch.Tensor:
         return torch.from_numpy(array.copy()).to(device)
 
-    sets = [EvalSet("test", on_device(manifest.images("test")), on_device(manifest.labels("test")))]
+    sets = [EvalSet("test", on_device(manifest.verified_images("test")), on_device(manifest.labels("test")))]
     if len(split.validation):
         images, labels = manifest.images("train")[split.validation], manifest.labels("train")[split.validation]
         sets.append(EvalSet("validation", on_device(images), on_device(labels)))

@@ -468,9 +468,9 @@ def test_a_checkpoint_of_another_configuration(
 def test_a_checkpoint_of_other_data(
     finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["prepare", "digits", "--out", str(tmp_path / "other")]) == 0
+    assert main(["prepare", "digits", "--out", str(tmp_path / "other"), "--resolution=12"]) == 0
     flags = [*SHORT, "--resume=auto"]
-    not_started(capsys, tmp_path / "other", finished, flags, ["of other data", "manifest_sha256", "data.path"])
+    not_started(capsys, tmp_path / "other", finished, flags, ["of other data", "data_sha256", "data.path"])
 
 
 def test_a_damaged_checkpoint_named_is_refused_and_the_newest_whole_one_is_found(

@@ -193,9 +193,11 @@ def test_verify_finds_one_flipped_bit(manifest: Manifest, name: str) -> None:
     else:
         flat[-1] ^= 1
     np.save(path, array)
-    load_manifest(manifest.root)
+    part, kind = name.split("_")
     with pytest.raises(ValueError, match=rf"{name}.npy: content differs"):
         verify_manifest(manifest)
+    with pytest.raises(ValueError, match=rf"{name}.npy: content differs"):
+        load_manifest(manifest.root) if kind == "labels" else manifest.verified_images(part)
 
 
 def test_a_split_file_is_read_back_as_it_was(manifest: Manifest, split: Split, tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_a_split_file_is_read_back_as_it_was(manifest: Manifest, split: Split, t
     for part in ("labeled", "unlabeled", "validation"):
         assert getattr(loaded, part).dtype == np.int64
         assert np.array_equal(getattr(loaded, part), getattr(split, part))
-    for key in ("name", "rule", "parameters", "manifest_sha256", "labeled_counts", "unlabeled_counts", "sha256"):
+    for key in ("name", "rule", "parameters", "data_sha256", "labeled_counts", "unlabeled_counts", "sha256"):
         assert getattr(loaded, key) == getattr(saved, key)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.json"]
 

@@ -472,3 +472,11 @@ def test_digits_are_the_bundled_ones_with_a_fixed_balanced_test_part() -> None:
 def test_rows_chw_is_the_layout_that_the_readers_undo() -> None:
     images = images_of(np.array([0, 1]), 32, 0)
     assert rows_chw(images)[1, 1024 + 32 * 3 + 5] == images[1, 3, 5, 1]
+
+
+def test_a_batch_cut_between_two_records_is_named(tmp_path: Path) -> None:
+    """Its size is still a multiple of a record's; that the other batches are longer tells."""
+    path = write_cifar10_binary(tmp_path) / "cifar-10-batches-bin" / "data_batch_3.bin"
+    path.write_bytes(path.read_bytes()[:-3073])
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin: has 39 images where others have 40: truncated"):
+        read_cifar("cifar10", tmp_path)

@@ -88,6 +88,12 @@ def read_cifar(dataset: str, raw: Path) -> Raw:
     names = read_names(*content(layout.names), spec)
     batches = [read_batch(*content(name), spec) for name in (*layout.train, layout.test)]
     *train, test = (labels for _, labels in batches)
+    lengths = [len(labels) for labels in train]
+    if min(lengths) != max(lengths):
+        short = layout.train[lengths.index(min(lengths))]
+        raise ValueError(
+            f"{folder / short}: has {min(lengths)} images where others have {max(lengths)}: truncated, get it again"
+        )
     parts = ["train"] * len(train) + ["test"]
     return Raw(
         dataset=dataset,

@@ -243,7 +243,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("hardware", _plain(of("hardware"))),
         ("device, precision", f"{_plain(of('device'))}, {_plain(of('precision', run.config.get('precision')))}"),
         ("split", _short(of("split_sha256") or run.split.get("sha256"))),
-        ("manifest", _short(of("manifest_sha256") or run.split.get("manifest_sha256"))),
+        ("manifest", _short(of("manifest_sha256"))),
         ("commit", _short(of("commit") or run.env.get("commit"))),
         ("run directory", run.path.resolve().name),
     )
