@@ -253,7 +253,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _shortened(run: Run) -> Table | None:
     if "shortened" not in run.summary:
         return None
-    columns = (("key", "key", "text"), ("run", "this run", "plain"), ("paper", "paper", "plain"))
+    columns = (("key", "key", "text"), ("run", "this run", "plain"), ("paper", "published", "plain"))
     rows = tuple(tuple(_loose(entry.get(key)) for key, _, _ in columns) for entry in run.summary["shortened"] or ())
     return Table(columns, rows)
 
