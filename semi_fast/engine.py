@@ -61,6 +61,7 @@ class Engine:
         self.labeled_counts, self.plain_view = labeled_counts, plain_view
         self.metrics, self.screen, self.checkpoints, self.meta, self.track = metrics, screen, checkpoints, meta, track
         self.device, self.clock = labels.device, Clock()
+        self.latest: dict[str, str] = {}  # what the last evaluation of each set said
         self.images = torch.empty(layout.images, *resolution, 3, dtype=torch.uint8, device=self.device)
 
     def fit(self, start: int) -> None:
@@ -72,14 +73,14 @@ class Engine:
             self.one_step(step)
             done = step + 1
             last = done == steps
-            if last or done % c.log.every == 0:
-                self.log(done)
             if last or done % c.eval.every == 0:
                 self.check_finite()
                 self.pause()
                 for eval_set in self.eval_sets:
                     self.record_evaluation(eval_set, done, last=last)
                 self.clock.lap()
+            if last or done % c.log.every == 0:
+                self.log(done)
             if last or (c.checkpoint.every and done % c.checkpoint.every == 0):
                 self.pause()
                 self.save(done)
@@ -117,7 +118,7 @@ class Engine:
         steps = self.interval.steps
         means, pseudo_labels = self.interval.read()
         self.pause()
-        rate = steps * processes.count() / max(self.clock.interval, 1e-9)
+        per_second = steps * processes.count() / max(self.clock.interval, 1e-9)
         self.interval.reset()
         self.clock.interval = 0.0
         record = {
@@ -125,8 +126,8 @@ class Engine:
             "step": done,
             "seconds": round(self.clock.total, 3),
             "lr": float(self.program.state.optimizer.param_groups[0]["lr"]),
-            "images_per_second": rate * self.layout.images,
-            "rows_per_second": rate * self.layout.total,
+            "images_per_second": per_second * self.layout.images,
+            "rows_per_second": per_second * self.layout.total,
             "terms": {name: value for name, value in means.items() if not name.startswith("stat.")},
             "stats": {name.removeprefix("stat."): value for name, value in means.items() if name.startswith("stat.")},
             "pseudo_labels": pseudo_labels,
@@ -134,7 +135,8 @@ class Engine:
         self.write(record)
         self.track({**means, "lr": record["lr"]}, done)
         used = f"  used {100 * pseudo_labels['used_fraction']:.0f}%" if pseudo_labels else ""
-        self.screen.news(done, f"loss {means['total']:.3f}{used}  {record['images_per_second']:.0f} images/s")
+        rate = f"{record['images_per_second']:.0f} images/s"
+        self.screen.news(done, f"loss {means['total']:.3f}{used}  {rate}{''.join(self.latest.values())}")
         self.clock.lap()  # files, trackers and screen are no training
 
     def write(self, record: dict[str, Any]) -> None:
@@ -185,9 +187,9 @@ class Engine:
         self.write(record)
         own = heads[predicts]
         self.track({f"{eval_set.name}.{k}": own[k] for k in ("top1", "balanced_accuracy")}, done)
-        self.screen.line(
-            f"step {done}  {eval_set.name}: top-1 {own['top1']:.1f}%  balanced accuracy {own['balanced_accuracy']:.1f}%"
-            + (f"  few {own['few']:.1f}%" if own["few"] is not None else "")
+        few = "" if own["few"] is None else f" few {own['few']:.1f}"
+        self.latest[eval_set.name] = (
+            f"  {eval_set.name} {own['top1']:.1f}% balanced {own['balanced_accuracy']:.1f}{few}"
         )
 
     def saved_tensors(self) -> list[tuple[str, Tensor]]:
