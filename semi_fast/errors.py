@@ -14,11 +14,16 @@ class NonFiniteError(RuntimeError):
         self.step, self.ids = step, ids
 
 
-EXPECTED = (ValueError, RuntimeError, OSError)
+EXPECTED = (ValueError, RuntimeError, OSError, KeyboardInterrupt)
 
 
 def exit_code(error: BaseException) -> int:
-    """4 for numerics, 2 for what the user must change, 3 for the machine, 1 for what should not happen."""
+    """4 for numerics, 2 for what the user must change, 3 for the machine, 1 for what should not happen.
+
+    130 for Ctrl-C, as shells have it.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     if isinstance(error, NonFiniteError):
         return 4
     if isinstance(error, ValueError):
@@ -28,4 +33,5 @@ def exit_code(error: BaseException) -> int:
 
 def one_line(error: BaseException) -> str:
     """The message as one line of the program."""
-    return f"semi-fast: {' '.join(str(error).split())}"
+    text = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+    return f"semi-fast: {text}"

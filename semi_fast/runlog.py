@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 PACKAGES = ("semi-fast", "torch", "torchvision", "timm", "numpy", "accelerate", "safetensors", "pillow", "triton")
 
@@ -152,8 +153,14 @@ class Screen:
         """Start counting at step `start`."""
         self.began, self.start = time.monotonic(), start
         if self.console.is_terminal and not self.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, TextColumn("{task.fields[news]}"), console=self.console)
+            news = TextColumn("{task.fields[news]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            progress = (
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(12),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            )
+            self.bar = Progress(*progress, news, console=self.console, expand=True)  # a narrow terminal cuts the news
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.steps, completed=start, news="")
 

@@ -16,17 +16,16 @@ SCORES = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few"
 RUN_KEYS = ("batch.", "augment.", "model.", "method.", "optim.", "ema.", "eval.every")
 
 
-def protocol(config: Config, manifest: Manifest, layout: RowLayout) -> str:
+def protocol(config: Config, manifest: Manifest) -> str:
     """What must be equal for two results to be comparable, in one line."""
     s, b = config.split, config.batch
     split = f"split file {s.file}" if s.file else (
         f"rule {s.rule} N1={s.labeled_max} M1={s.unlabeled_max} gamma_l={s.imbalance_labeled:g} "
         f"gamma_u={s.imbalance_unlabeled:g} {s.unlabeled_shape} split seed {s.seed}"
     )  # fmt: skip
-    unlabeled = f"+{b.labeled * b.unlabeled_ratio}" if layout.unlabeled else ""
     return (
-        f"{manifest.dataset} {manifest.resolution[0]} px, {split}; {config.model.name}, batch {b.labeled}{unlabeled}, "
-        f"{config.optim.steps} steps, EMA {config.ema.decay:g}, {config.precision}"
+        f"{manifest.dataset} {manifest.resolution[0]} px, {split}; {config.model.name}, batch {b.labeled}, "
+        f"mu {b.unlabeled_ratio}, {config.optim.steps} steps, EMA {config.ema.decay:g}, {config.precision}"
     )
 
 
@@ -71,7 +70,7 @@ def summarise(
     summary = {
         "method": config.method.name,
         "plugins": list(config.method.plugins),
-        "protocol": protocol(config, manifest, layout),
+        "protocol": protocol(config, manifest),
         "dataset": manifest.dataset,
         "class_names": list(manifest.class_names),
         "labeled_counts": list(split.labeled_counts),

@@ -76,6 +76,8 @@ def show(value: Any, kind: str) -> str:
         return f"{value:.1f}"
     if kind == "count" or (kind == "rate" and abs(value) >= 100):
         return f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.1f}" if kind == "rate" else f"{value:.4g}"
 
 
