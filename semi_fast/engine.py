@@ -219,10 +219,10 @@ class Engine:
     def resume(self, saved: checkpoint.Checkpoint) -> int:
         """Take over the state of a checkpoint; returns the step to go on from."""
         meta = saved.meta
-        if self.metrics is not None:
-            checkpoint.retire_after(self.checkpoints, meta["step"])
         self.interval.open(meta["interval_names"], meta["interval_steps"])
         checkpoint.restore(self.saved_tensors(), saved.tensors)
+        if self.metrics is not None:
+            checkpoint.retire_after(self.checkpoints, meta["step"])
         if meta["scaler"]:
             self.program.state.scaler.load_state_dict(meta["scaler"])
         seconds = (meta[key] for key in ("seconds", "cpu_seconds", "training_seconds", "interval_seconds"))

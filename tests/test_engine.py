@@ -195,9 +195,28 @@ def test_other_precisions_train(digits: Path, tmp_path: Path, precision: str) ->
     terms = records(tmp_path / "run")[0]["terms"]
     assert all(np.isfinite(value) for value in terms.values())
     weights = state(tmp_path / "run", 6)["model.backbone.conv1.weight"]
+    momentum = state(tmp_path / "run", 6)["momentum.backbone.conv1.weight"]
+    assert momentum.abs().sum() > 0, "updates were made, not skipped"
     assert weights.dtype == (torch.float64 if precision == "fp64" else torch.float32), "weights stay whole"
 
 
 def test_any_timm_model(digits: Path, tmp_path: Path) -> None:
     run(config(digits, tmp_path / "run", "--model.name=resnet18", "--optim.steps=4", "--model.bn_momentum=null"))
     assert "model.backbone.layer1.0.conv1.weight" in state(tmp_path / "run", 4)
+
+
+def test_going_back_to_an_older_checkpoint_retires_the_newer_ones(whole: Path, digits: Path, tmp_path: Path) -> None:
+    """Else a crash soon after would leave the newest checkpoints without the metrics that belong to them."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    at = run_dir / "checkpoints" / "step_000000003"
+    flags = ("--checkpoint.every=3", "--checkpoint.keep=1")
+    run(config(digits, run_dir, *flags, resume=str(at)))
+    assert [path.name for path in checkpoint.published(run_dir / "checkpoints")] == ["step_000000012"]
+    assert records(run_dir) == records(whole)
+
+
+def test_a_bank_of_features_is_kept_in_full_precision(digits: Path, tmp_path: Path) -> None:
+    run(config(digits, tmp_path / "run", "--precision=bf16"))
+    bank = state(tmp_path / "run", 12)["method.bank.features"]
+    assert not torch.equal(bank, bank.bfloat16().float())
