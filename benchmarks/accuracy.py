@@ -18,6 +18,7 @@ SCORES = (
     "few_last20",
     "geometric_mean_last20",
     "top1_final",
+    "balanced_accuracy_final",
 )
 COSTS = ("seconds", "training_seconds", "cpu_seconds", "images_per_second", "rows_per_second")
 PROVENANCE = ("precision", "device", "hardware", "threads", "processes", "commit", "manifest_sha256", "split_sha256")
@@ -56,6 +57,18 @@ def row(run_dir: Path) -> dict[str, Any]:
     }
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as the README shows them."""
+    head = ("method", "balanced accuracy", "many", "medium", "few", "last evaluation", "minutes", "CPU minutes")
+    lines = [head, ("---", *["---:"] * (len(head) - 1))]
+    for row in rows:
+        scores = [row[f"{name}_last20"] for name in ("balanced_accuracy", "many", "medium", "few")]
+        shown = [f"{float(value):.1f}" for value in (*scores, row["balanced_accuracy_final"])]
+        minutes = [f"{float(row[name]) / 60:.1f}" for name in ("seconds", "cpu_seconds")]
+        lines.append((row["method"], *shown, *minutes))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
@@ -66,8 +79,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    for line in rows:
-        print(f"{line['method']:16s} balanced accuracy {line['balanced_accuracy_last20']}  {line['seconds']} s")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from semi_fast.manifest import Manifest
@@ -18,6 +19,6 @@ class Source(Protocol):
         ...
 
 
-def open_source(name: str, manifest: Manifest, device) -> Source:
+def open_source(name: str, manifest: Manifest, device: torch.device) -> Source:
     """The source called `data.source`; `auto` is resident."""
     return {"auto": ResidentSource, "resident": ResidentSource}[name](manifest, device)
