@@ -31,14 +31,8 @@ class Small(nn.Module):
         return Outputs(features, {"head": self.linear(features)})
 
 
-@pytest.mark.parametrize("ramp", [False, True])
-def test_three_steps_by_hand(ramp: bool) -> None:
-    torch.manual_seed(0)
-    model, batches = Small(), [torch.randn(6, 5, dtype=D) for _ in range(3)]
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    twin = Small()
-    twin.load_state_dict(model.state_dict())
-    state = TrainState(
+def fresh(model: nn.Module) -> TrainState:
+    return TrainState(
         model=model,
         average=WeightAverage(model),
         optimizer=make_optimizer(model, OPTIM, torch.device("cpu")),
@@ -47,19 +41,35 @@ def test_three_steps_by_hand(ramp: bool) -> None:
         step=torch.zeros((), dtype=torch.int64),
         bad_step=torch.full((), NEVER),
     )
+
+
+ROWS = Rows(
+    images=torch.zeros(6, 1, 1, 3, dtype=torch.uint8),
+    ids=torch.arange(6),
+    visits=torch.zeros(6, dtype=torch.int64),
+    labels=torch.tensor([0, 1, 2, 0, 1, 2]),
+    layout=RowLayout(6, 0, 0),
+)
+
+
+@pytest.mark.parametrize("ramp", [False, True])
+def test_three_steps_by_hand(ramp: bool) -> None:
+    torch.manual_seed(0)
+    model, batches = Small(), [torch.randn(6, 5, dtype=D) for _ in range(3)]
+    twin = Small()
+    twin.load_state_dict(model.state_dict())
+    state = fresh(model)
     views = iter(batches)
     ema = EmaConfig(decay=0.8, ramp=ramp)
     method = make_method(MethodConfig(name="supervised"), steps=7)
     step = TrainStep(state, method, lambda rows: next(views), optim=OPTIM, ema=ema, precision="fp64")
-    images = torch.zeros(6, 1, 1, 3, dtype=torch.uint8)
-    rows = Rows(images, torch.arange(6), torch.zeros(6), labels, RowLayout(6, 0, 0))
 
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     average = {name: p.detach().clone() for name, p in twin.named_parameters()}
     for t, x in enumerate(batches):
-        step(rows)
+        step(ROWS)
         twin.zero_grad()
-        nn.functional.cross_entropy(twin(x).logits["head"], labels).backward()
+        nn.functional.cross_entropy(twin(x).logits["head"], ROWS.labels).backward()
         lr = float(torch.tensor(0.5 * math.cos(7 * math.pi * t / (16 * 7)), dtype=torch.float32))
         kept = min(0.8, 1 - 1 / (t + 1)) if ramp else 0.8
         with torch.no_grad():
@@ -83,23 +93,13 @@ def test_three_steps_by_hand(ramp: bool) -> None:
 def test_what_is_not_finite_is_noted_at_its_own_step(spoiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Small()
-    state = TrainState(
-        model=model,
-        average=WeightAverage(model),
-        optimizer=make_optimizer(model, OPTIM, torch.device("cpu")),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        method={},
-        step=torch.zeros((), dtype=torch.int64),
-        bad_step=torch.full((), NEVER),
-    )
+    state = fresh(model)
     good = torch.randn(6, 5, dtype=D)
     views = iter([good, good if spoiled == "gradient" else good / 0, good])
     method = make_method(MethodConfig(name="supervised"), steps=7)
     step = TrainStep(state, method, lambda rows: next(views), optim=OPTIM, ema=EmaConfig(), precision="fp64")
-    images = torch.zeros(6, 1, 1, 3, dtype=torch.uint8)
-    rows = Rows(images, torch.arange(6), torch.zeros(6), torch.tensor([0, 1, 2, 0, 1, 2]), RowLayout(6, 0, 0))
     for t in range(3):
         if spoiled == "gradient" and t == 1:
             model.linear.bias.register_hook(lambda gradient: gradient * torch.nan)
-        step(rows)
+        step(ROWS)
     assert state.bad_step.item() == 1
