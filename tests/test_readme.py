@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy import markdown
 from semi_fast.cli import make_parser, normal, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,11 @@ def test_commands_are_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch
 def test_there_are_commands() -> None:
     assert len(OURS) >= 8
     assert {"make demo", "make test"} <= set(COMMANDS)
+
+
+def test_the_table_is_that_of_the_collected_runs() -> None:
+    with (ROOT / "benchmarks" / "results" / "cpu_cifar10_lt.csv").open(encoding="utf-8") as file:
+        assert markdown(list(csv.DictReader(file))) in TEXT
 
 
 def test_paths_exist() -> None:
