@@ -55,24 +55,23 @@ def run(config: Config) -> dict[str, Any]:
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None)
     try:
-        config = settled(config, manifest, accelerator)
-        run_dir = Path(config.run_dir or "")
+        config, run_dir = settled(config, manifest, accelerator)
         meta = provenance(config, manifest, split, accelerator.num_processes)
         saved = checkpoint_to_resume(
             run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")
         )
-        engine = build(config, manifest, split, accelerator, meta=meta)
+        engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta)
         accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
         with claimed(run_dir) if accelerator.is_main_process else nullcontext():
-            return conduct(engine, config, manifest, split, accelerator, saved=saved)
+            return conduct(engine, config, manifest, split, accelerator, run_dir=run_dir, saved=saved)
     finally:
         accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> Config:
-    """The configuration with everything that was left open decided, the same on all processes."""
+def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> tuple[Config, Path]:
+    """The configuration with everything left open decided, the same on all processes, and its run directory."""
     precision = config.precision
     if precision == "auto":
         if accelerator.mixed_precision not in PRECISION:
@@ -81,11 +80,11 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> Con
             )
         precision = PRECISION[accelerator.mixed_precision]
     run_dir = broadcast_object_list([str(run_dir_of(config, manifest.dataset))])[0]
-    return replace(config, precision=precision, run_dir=run_dir)
+    return replace(config, precision=precision, run_dir=run_dir), Path(run_dir)
 
 
 def build(
-    config: Config, manifest: Manifest, split: Split, accelerator: Accelerator, *, meta: dict[str, Any]
+    config: Config, manifest: Manifest, split: Split, accelerator: Accelerator, *, run_dir: Path, meta: dict[str, Any]
 ) -> Engine:
     """Every part of the run, in memory; nothing is written."""
     device, precision, main = accelerator.device, config.precision, accelerator.is_main_process
@@ -102,8 +101,6 @@ def build(
         dtype=VIEWS.get(precision, torch.float32),
     )
     labels, truth = label_tables(manifest, split)
-    assert config.run_dir is not None
-    run_dir = Path(config.run_dir)
     return Engine(
         config,
         TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision),
@@ -155,10 +152,10 @@ def conduct(
     split: Split,
     accelerator: Accelerator,
     *,
+    run_dir: Path,
     saved: Checkpoint | None,
 ) -> dict[str, Any]:
     """Resume if there is what to resume, write what the run is, train, and summarise."""
-    run_dir = Path(config.run_dir or "")
     environment = runlog.environment(accelerator.device, config.precision, accelerator.num_processes)
     start = engine.resume(saved) if saved else 0
     if engine.metrics is not None:

@@ -37,7 +37,7 @@ def one(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greatest_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """Over weights, momenta, averages and state: |a - b| / (|a| + 1e-6 of the tensor's scale)."""
+    """Over weights, momenta, averages and state: the largest |a - b| of a tensor over its largest |a|."""
     worst = 0.0
     for name, a in one.items():
         if a.is_floating_point() and not name.startswith("interval."):
