@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -50,6 +52,7 @@ class Outputs(NamedTuple):
 
     features: Tensor  # float [N, D], pooled, not normalised
     logits: dict[str, Tensor]  # head -> float [N, C]
+    classify: Callable[[Tensor], dict[str, Tensor]] | None = None  # the heads, for other features [n, D]
 
 
 class SplitRows(NamedTuple):

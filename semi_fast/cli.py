@@ -12,6 +12,7 @@ from typing import NoReturn
 from semi_fast import __version__
 from semi_fast.errors import EXPECTED, exit_code, one_line
 from semi_fast.schema.config import Config
+from semi_fast.schema.semi import PRESETS, REQUIRED
 
 TRAIN_HELP = """semi-fast train --config FILE [--key=value ...]
 
@@ -36,12 +37,20 @@ def parse_config(argv: Sequence[str]) -> Config:
     parser.add_argument("--config", action="config", help="YAML file of keys; may be given more than once")
     parser.add_class_arguments(Config)
     files, flags = ordered(argv)
-    for file in files:
-        check_file(Path(file))
+    given = {key for file in files for key in check_file(Path(file))} | {flag[2:].partition("=")[0] for flag in flags}
+    arguments = [*(f"--config={file}" for file in files), *flags]
     try:
-        parsed = parser.parse_args([*(f"--config={file}" for file in files), *flags])
+        parsed = parser.parse_args(arguments)
+        preset = parsed.method.semi.preset
+        parser.set_defaults({f"method.semi.{key}": value for key, value in PRESETS[preset].items()})
+        parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(readable(" ".join(str(error).split()))) from error
+    for key in REQUIRED.get(preset, ()):
+        if f"method.semi.{key}" not in given:
+            raise ValueError(
+                f"method.semi.{key} must be given with preset {preset}: its sources differ; see docs/methods.md"
+            )
     del parsed["config"]
     values = parser.instantiate(parsed)
     return Config(**{key: values[key] for key in Config.__dataclass_fields__})
@@ -118,6 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     split.add_argument("--unlabeled-shape", choices=["consistent", "uniform", "reversed"], default="consistent")
     split.add_argument("--rule", choices=["semi", "daso", "cossl", "usb"], default="semi", help="whose protocol")
+    split.add_argument("--labeled-fraction", type=float, metavar="F", help="labeled share of every class; not with N1")
     split.add_argument("--validation-per-class", type=int, default=0, metavar="V")
     split.add_argument("--seed", type=int, default=0)
 
@@ -127,6 +137,16 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("data", metavar="DATA")
     demo = command("demo", "train three methods on the bundled digits and compare them, in about a minute on a CPU")
     demo.add_argument("--out", metavar="DIR", help="where everything goes; default: a fresh directory under runs/")
+    reproduce = command("reproduce", "train a cell of the paper's tables and print it beside the paper's value")
+    reproduce.add_argument("cell", nargs="?", metavar="CELL", help="table1/semi/cifar10_lt/n500_m4000_g100; see --list")
+    reproduce.add_argument(
+        "--list", action="store_true", dest="listed", help="print all cells, and which can be trained"
+    )
+    reproduce.add_argument("--seeds", default="0,1,2", metavar="K,...", help="one run each; default 0,1,2")
+    reproduce.add_argument("--steps", type=int, metavar="N", help="shorten the runs; the result says so")
+    reproduce.add_argument("--data", metavar="DATA", help="the prepared data set; default: the cell's data.path")
+    reproduce.add_argument("--out", metavar="DIR", help="where the runs go; default: runs/paper/CELL")
+    reproduce.epilog = "Further flags are keys of the configuration, --key=value; what they change is said."
     report = command("report", "write one page over one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.add_argument("--out", metavar="FILE", help="default: report.html in the run, or in the folder of the first")
@@ -140,8 +160,13 @@ def run_command(argv: list[str]) -> int:
         from semi_fast.train import guarded
 
         return guarded(config)
-    arguments = vars(make_parser().parse_args([normal(word) for word in argv]))
+    known, others = make_parser().parse_known_args([normal(word) for word in argv])
+    arguments = vars(known)
     name = arguments.pop("command")
+    if name == "reproduce":
+        return run_reproduce(others, **arguments)
+    if others:
+        raise ValueError(f"{name} does not take {' '.join(others)}; see semi-fast {name} --help")
     if name == "demo":
         from semi_fast.demo import demo
 
@@ -160,6 +185,41 @@ def run_command(argv: list[str]) -> int:
         name
     ](**arguments)
     return 0
+
+
+def run_reproduce(
+    others: list[str],
+    *,
+    cell: str | None,
+    listed: bool,
+    seeds: str,
+    steps: int | None,
+    data: str | None,
+    out: str | None,
+) -> int:
+    """`semi-fast reproduce`; `others` are the words that are keys of the configuration."""
+    if listed:
+        from semi_fast.reproduce.cells import listing
+
+        print(listing())
+        return 0
+    if cell is None:
+        raise ValueError("reproduce needs a CELL; semi-fast reproduce --list shows them")
+    files, flags = ordered(others)
+    if files:
+        raise ValueError(f"reproduce takes the configuration of its cell; leave out --config {files[0]}")
+    from semi_fast.reproduce.command import reproduce
+
+    reproduce(cell, seeds=parse_seeds(seeds), steps=steps, data=data, out=out, flags=flags)
+    return 0
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as numbers."""
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) != len(words):
+        raise ValueError(f"--seeds must be different whole numbers, K,K,...; got {text}")
+    return tuple(map(int, words))
 
 
 def normal(word: str) -> str:

@@ -11,23 +11,52 @@ State = dict[str, Tensor]
 
 
 def empty(classes: int, slots: int, features: int, *, device: torch.device, dtype: torch.dtype) -> State:
-    """features [C, M, D], confidences [C, M] (0: empty slot), inserted int64 [C, M] (insertion number, -1: empty)."""
+    """features [C, M, D], confidences [C, M] (0: empty slot), inserted int64 [C, M] (insertion number, -1: empty), and
+    sums float64 [C, D], of each class's features: in float64 what enters and leaves them over a run does not add up to
+    an error that float32 would show."""
     return {
         "bank.features": torch.zeros(classes, slots, features, device=device, dtype=dtype),
         "bank.confidences": torch.zeros(classes, slots, device=device, dtype=dtype),
         "bank.inserted": torch.full((classes, slots), -1, device=device, dtype=torch.int64),
+        "bank.sums": torch.zeros(classes, features, device=device, dtype=torch.float64),
     }
 
 
-def push(state: State, features: Tensor, labels: Tensor, confidences: Tensor, mask: Tensor, step: Tensor) -> None:
-    """Offer R rows in order, in place; their insertion numbers are step * R + row (see `ops.bank_push`)."""
-    number = step * len(labels) + torch.arange(len(labels), device=labels.device)
-    bank = state["bank.features"], state["bank.confidences"], state["bank.inserted"]
-    bank_push(*bank, features, labels, confidences, mask, number)
+def numbers(step: Tensor, rows: int) -> Tensor:
+    """Insertion numbers of the rows that a step offers, int64 [R]: step * R + row."""
+    return step * rows + torch.arange(rows, device=step.device)
 
 
-def decay(state: State, factor: Tensor) -> None:
-    """Multiply every confidence by `factor`, a scalar tensor, in place (SeMi eq. 7)."""
+def push(
+    state: State,
+    features: Tensor,
+    labels: Tensor,
+    confidences: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    *,
+    oldest_leaves: bool = False,
+) -> None:
+    """Offer R rows in order, in place (see `ops.bank_push`)."""
+    bank_push(
+        state["bank.features"],
+        state["bank.confidences"],
+        state["bank.inserted"],
+        state["bank.sums"],
+        features,
+        labels,
+        confidences,
+        mask,
+        numbers(step, len(labels)),
+        oldest_leaves=oldest_leaves,
+    )
+
+
+def decay(state: State, factor: Tensor, stale_below: Tensor | None = None) -> None:
+    """Multiply confidences by `factor`, a scalar tensor, in place (SeMi eq. 7): all, or those of rows whose insertion
+    number is below `stale_below`, a scalar tensor."""
+    if stale_below is not None:
+        factor = torch.where(state["bank.inserted"] < stale_below, factor, 1.0)
     state["bank.confidences"].mul_(factor)
 
 
@@ -36,9 +65,15 @@ def filled(state: State) -> Tensor:
     return state["bank.inserted"] >= 0
 
 
-def prototypes(state: State) -> tuple[Tensor, Tensor]:
-    """(mean of each class's filled slots [C, D], zeros where there is none; bool [C]: has any)."""
-    taken = filled(state)
-    count = taken.sum(1)
-    sums = (state["bank.features"] * taken.unsqueeze(2)).sum(1)
-    return sums / count.clamp_min(1).unsqueeze(1), count > 0
+def prototypes(state: State, *, min_filled: int = 1) -> tuple[Tensor, Tensor]:
+    """(mean of each class's filled slots [C, D], zeros where there is none; bool [C]: has at least `min_filled`)."""
+    count = filled(state).sum(1)
+    means = state["bank.sums"] / count.clamp_min(1).unsqueeze(1)
+    return means.to(state["bank.features"].dtype), count >= min_filled
+
+
+def capacity_prototypes(state: State) -> tuple[Tensor, Tensor]:
+    """(each class's sum over M, empty slots counted as zeros [C, D]; bool [C], all true): as released."""
+    slots = state["bank.features"].shape[1]
+    means = (state["bank.sums"] / slots).to(state["bank.features"].dtype)
+    return means, torch.ones_like(means[:, 0], dtype=torch.bool)

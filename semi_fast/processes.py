@@ -46,6 +46,11 @@ def sum_in_place(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor's sum over processes."""
+    return {name: sum_in_place(tensor.contiguous()) for name, tensor in tensors.items()}
+
+
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
     """Overwrite every tensor with that of the first process."""
     if count() > 1:

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from semi_fast.ops.door import backend
+
 PACKAGES = ("semi-fast", "torch", "torchvision", "timm", "numpy", "accelerate", "safetensors", "pillow", "triton")
 
 
@@ -81,6 +83,7 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
         "commit": commit(),
         "device": str(device),
         "hardware": hardware(device),
+        "operations": backend(device),
         "platform": platform.platform(),
         "precision": precision,
         "processes": processes,

@@ -127,7 +127,7 @@ class TrainStep:
         s.scaler.update()
         s.average.update(ema_weight(s.step, decay=self.ema.decay, ramp=self.ema.ramp))
 
-        pending = processes.gather_rows(loss.pending)
+        pending = processes.gather_rows(loss.pending) | processes.sums(loss.totals)
         self.method.update(s.method, pending, s.step)
         s.step.add_(1)
         values = {"total": loss.total, **loss.terms, **{f"stat.{name}": value for name, value in loss.stats.items()}}

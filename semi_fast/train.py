@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -27,11 +28,12 @@ from semi_fast.methods import Environment, Method, make_method
 from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.models.sync_batch_norm import synchronise_batch_norm
+from semi_fast.philox import ORDER_LABELED
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source
 from semi_fast.report import write_report
 from semi_fast.rundir import checkpoint_to_resume, claimed, run_dir_of
-from semi_fast.sampling import Batches
+from semi_fast.sampling import Batches, Stream
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.schema.yaml_file import dump
 from semi_fast.sealed_json import read_json
@@ -88,7 +90,7 @@ def build(
 ) -> Engine:
     """Every part of the run, in memory; nothing is written."""
     device, precision, main = accelerator.device, config.precision, accelerator.is_main_process
-    method = make_method(config.method, steps=config.optim.steps)
+    method = make_method(config.method, steps=config.optim.steps, seed=config.seed)
     layout, batches = divided(config, split, method.needs, accelerator)
     state = make_state(config, method, manifest, split, accelerator)
     augmenter = Augmenter(
@@ -139,10 +141,21 @@ def make_state(
         average=WeightAverage(model),
         optimizer=make_optimizer(model, config.optim, device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        method=method.init(Environment(split.labeled_counts, model.features, device, dtype)),
+        method=method.init(
+            Environment(
+                split.labeled_counts, model.features, device, dtype, first_visit_counts(config, manifest, split)
+            )
+        ),
         step=torch.zeros((), dtype=torch.int64, device=device),
         bad_step=torch.full((), NEVER, dtype=torch.int64, device=device),
     )
+
+
+def first_visit_counts(config: Config, manifest: Manifest, split: Split) -> tuple[int, ...]:
+    """Labeled images per class in the full batches of the first visit: what a loader that drops the last would show."""
+    order = Stream(split.labeled, seed=config.seed, stream=ORDER_LABELED).order(0)
+    seen = order[: len(order) // config.batch.labeled * config.batch.labeled]
+    return tuple(np.bincount(manifest.labels("train")[seen], minlength=manifest.num_classes).tolist())
 
 
 def conduct(
@@ -208,6 +221,8 @@ def divided(config: Config, split: Split, needs: Any, accelerator: Accelerator) 
     if needs.unlabeled and not len(split.unlabeled):
         raise ValueError(f"method.name {config.method.name} needs unlabeled images; the split has none: check split.*")
     processes = accelerator.num_processes
+    if needs.single_process and processes > 1:
+        raise ValueError(f"this method as configured runs in one process, as its released code does; got {processes}")
     batches = Batches(
         split.labeled,
         split.unlabeled,
@@ -258,6 +273,7 @@ def opening(config: Config, manifest: Manifest, split: Split, env: dict[str, Any
             f"unlabeled ({truth}), {manifest.length('test')} test images, {manifest.num_classes} classes",
             f"{config.model.name}, {parameters:,} parameters; {env['precision']} on {env['hardware']}; "
             f"{env['processes']} process(es), {engine.layout.total} rows each; {config.optim.steps} steps",
+            env["operations"],
             f"run: {config.run_dir}",
         ]
     )

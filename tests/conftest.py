@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and the data sets that several of them use."""
+"""Shared by all tests: one thread, where kernels run, and the data sets that several of them use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

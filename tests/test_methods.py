@@ -55,7 +55,8 @@ def warm(name: str) -> tuple[Method, dict[str, Tensor]]:
     method, state = make(name)
     for step in range(4):
         rows, outputs = batch(method, seed=100 + step)
-        method.update(state, method.loss(state, rows, outputs, torch.tensor(step)).pending, torch.tensor(step))
+        loss = method.loss(state, rows, outputs, torch.tensor(step))
+        method.update(state, loss.pending | loss.totals, torch.tensor(step))
     return method, state
 
 
@@ -120,7 +121,7 @@ def test_renaming_the_classes_changes_nothing(name: str) -> None:
                 outputs = Outputs(outputs.features, {head: z[:, order] for head, z in outputs.logits.items()})
                 rows = rows._replace(labels=inverse[rows.labels])
             loss = method.loss(state, rows, outputs, torch.tensor(step))
-            method.update(state, loss.pending, torch.tensor(step))
+            method.update(state, loss.pending | loss.totals, torch.tensor(step))
         return loss.total
 
     torch.testing.assert_close(total(True), total(False))
@@ -212,7 +213,7 @@ def test_semi_warms_up_as_fixmatch_with_a_balanced_head() -> None:
         probs = torch.softmax(split_rows(outputs.logits["head"], rows.layout).weak, 1)
         raw = torch.equal(loss.pending["confidence"], probs.amax(1))
         assert raw == (step < 5), "prototypes vote only after the warm-up"
-        method.update(state, loss.pending, torch.tensor(step))
+        method.update(state, loss.pending | loss.totals, torch.tensor(step))
         assert state["bank.inserted"].max() >= 0, "the bank fills from step 0"
         assert (state["center"].abs().sum() > 0) == (step >= 5)
         uniform = torch.full((4,), 0.25, dtype=D)
@@ -226,7 +227,7 @@ def test_semi_bank_holds_the_strong_features_under_their_labels() -> None:
     method, state = make("semi")
     rows, outputs = batch(method)
     loss = method.loss(state, rows, outputs, torch.tensor(0))
-    method.update(state, loss.pending, torch.tensor(0))
+    method.update(state, loss.pending | loss.totals, torch.tensor(0))
     strong = split_rows(outputs.features.detach(), rows.layout).strong
     taken = state["bank.inserted"] >= 0
     for k, slot in taken.nonzero().tolist():

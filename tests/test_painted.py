@@ -58,7 +58,7 @@ def test_the_index_of_an_image_arrives_in_its_slot(digits: Path) -> None:
         sure = 20 * torch.nn.functional.one_hot(index.long() % CLASSES, CLASSES).double()
         outputs = Outputs(index.unsqueeze(1).clone(), dict.fromkeys(("head", "balanced_head"), sure))
         loss = method.loss(state, rows, outputs, torch.tensor(step))
-        method.update(state, loss.pending, torch.tensor(step))
+        method.update(state, loss.pending | loss.totals, torch.tensor(step))
 
     filled = memory_bank.filled(state)
     assert filled.sum() == 5 * 2 * 16

@@ -12,13 +12,13 @@ from semi_fast.schema.method import MethodConfig
 __all__ = ["METHODS", "Environment", "Loss", "Method", "Needs", "State", "make_method"]
 
 METHODS = {
-    "supervised": lambda options, plugins, steps: Supervised(plugins),
-    "fixmatch": lambda options, plugins, steps: FixMatch(options.fixmatch, plugins),
-    "semi": lambda options, plugins, steps: SeMi(options.semi, steps=steps, epoch_steps=options.epoch_steps),
+    "supervised": lambda options, plugins, clock: Supervised(plugins),
+    "fixmatch": lambda options, plugins, clock: FixMatch(options.fixmatch, plugins),
+    "semi": lambda options, plugins, clock: SeMi(options.semi, epoch_steps=options.epoch_steps, **clock),
 }
 
 
-def make_method(options: MethodConfig, *, steps: int) -> Method:
+def make_method(options: MethodConfig, *, steps: int, seed: int = 0) -> Method:
     """The method named in `options` for a run of `steps`, with its plug-ins in the order in which they are listed."""
     plugins = [PLUGINS[name](getattr(options, name)) for name in options.plugins]
-    return METHODS[options.name](options, plugins, steps)
+    return METHODS[options.name](options, plugins, {"steps": steps, "seed": seed})

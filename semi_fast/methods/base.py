@@ -23,6 +23,8 @@ class Needs:
     """Whether unlabeled images are read at all."""
     heads: tuple[str, ...] = ("head",)
     """Linear classifiers on the features."""
+    single_process: bool = False
+    """Whether the method has a meaning only where one process holds the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Environment:
     device: torch.device
     dtype: torch.dtype
     """float32, or float64 where the run is in float64."""
+    first_visit_counts: tuple[int, ...] = ()
+    """Labeled images per class in the full batches of the first visit."""
 
     @property
     def classes(self) -> int:
@@ -43,8 +47,8 @@ class Environment:
 
     def log_prior(self, strength: float) -> Tensor:
         """strength * log of the labeled class prior, [C]; made in float64 as log(prior ** strength + 1e-12)."""
-        counts = torch.tensor(self.labeled_counts, dtype=torch.float64)
-        return (((counts / counts.sum()) ** strength + 1e-12).log()).to(self.device, self.dtype)
+        counts = torch.tensor(self.labeled_counts, dtype=torch.float64, device=self.device)
+        return log_power(counts / counts.sum(), strength).to(self.dtype)
 
 
 class Loss(NamedTuple):
@@ -59,6 +63,8 @@ class Loss(NamedTuple):
     given, also feed the diagnostics."""
     stats: dict[str, Tensor]
     """Scalars worth a curve; averaged over the log interval and over processes."""
+    totals: State = {}  # noqa: RUF012, never changed
+    """Detached; summed over processes, then handed to `update` with `pending`."""
 
 
 class Method(Protocol):
@@ -81,12 +87,18 @@ class Method(Protocol):
         ...
 
     def update(self, state: State, pending: State, step: Tensor) -> None:
-        """Change the state in place; `pending` holds the whole batch, in the order of one process."""
+        """Change the state in place; `pending` holds the rows of the whole batch, in the order of one process, and the
+        totals."""
         ...
 
     def logits(self, state: State, outputs: Outputs) -> Tensor:
         """The logits [N, C] that are evaluated."""
         ...
+
+
+def log_power(prior: Tensor, strength: float) -> Tensor:
+    """log(prior ** strength + 1e-12), in the prior's type."""
+    return (prior**strength + 1e-12).log()
 
 
 def fraction(mask: Tensor) -> Tensor:

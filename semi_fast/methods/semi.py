@@ -1,42 +1,64 @@
 """SeMi: FixMatch that mines hard examples, with a memory bank, prototypes and a balanced head.
 
-Source: SeMi, ACM MM 2025 (arXiv 2501.06004). Where paper and released code disagree this is the preset `default`;
-docs/methods.md maps every option to the paper's symbol.
+Source: SeMi, ACM MM 2025 (arXiv 2501.06004). docs/methods.md maps every option to the paper's symbol and says where
+paper and released code disagree.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from semi_fast import memory_bank
-from semi_fast.batch import Outputs, Rows, split_rows
-from semi_fast.methods.base import Environment, Loss, Needs, State, fraction
+from semi_fast import memory_bank, processes
+from semi_fast.batch import Outputs, Rows, SplitRows, split_rows
+from semi_fast.methods import released_semi
+from semi_fast.methods.base import Environment, Loss, Needs, State, fraction, log_power
 from semi_fast.ops.embedding_align import embedding_align
 from semi_fast.ops.masked_cross_entropy import masked_cross_entropy
-from semi_fast.ops.pseudo_label import pseudo_label
-from semi_fast.schema.method import SemiConfig
+from semi_fast.ops.pseudo_label import PseudoLabels, pseudo_label
+from semi_fast.philox import BANK_SAMPLING, philox
+from semi_fast.schema.semi import SemiConfig
 
 
 class SeMi:
     """Two heads on one backbone: `head` learns from mixed pseudo-labels, `balanced_head` from logit-adjusted ones."""
 
-    needs = Needs(strong_views=2, unlabeled=True, heads=("head", "balanced_head"))
-    predicts = "balanced_head"
-
-    def __init__(self, options: SemiConfig, *, steps: int, epoch_steps: int):
-        self.options = options
+    def __init__(self, options: SemiConfig, *, steps: int, epoch_steps: int, seed: int):
+        self.options, self.seed = options, seed
         self.steps, self.epoch_steps = steps, epoch_steps  # of the whole run; of an "epoch" of the schedules
+        heads = ("head", "balanced_head") if options.balanced_head else ("head",)
+        scrambled = options.feature_order == "official"
+        self.needs = Needs(strong_views=options.strong_views, unlabeled=True, heads=heads, single_process=scrambled)
+        self.predicts = heads[-1]
 
     def init(self, env: Environment) -> State:
-        classes = env.classes
-        bank = memory_bank.empty(classes, self.options.bank_slots, env.features, device=env.device, dtype=env.dtype)
-        return bank | {
-            "adjustment": env.log_prior(self.options.adjustment),  # [C]
+        o, classes = self.options, env.classes
+        if o.feature_order == "official" and env.features != 128:
+            raise ValueError(
+                "method.semi.feature_order official needs a network of 128 features, as the released code does; "
+                f"model.name gives {env.features}"
+            )
+        counts = env.first_visit_counts if o.prior_counts == "drop_last" else env.labeled_counts
+        if min(counts) == 0:
+            raise ValueError(
+                "method.semi.prior_counts drop_last leaves a class without images, where the released code stops; "
+                f"got {list(counts)}: use exact, or another seed"
+            )
+        prior = torch.tensor(counts, dtype=torch.float64, device=env.device)
+        prior /= prior.sum()  # [C]
+        bank = memory_bank.empty(classes, o.bank_slots, env.features, device=env.device, dtype=env.dtype)
+        start = 1.0 if o.class_weight_start == "one" else 1 / classes
+        state = bank | {
+            "adjustment": log_power(prior, o.adjustment).to(torch.float64 if o.double_adjustment else env.dtype),
             "label_counts": torch.zeros(classes, dtype=torch.int64, device=env.device),  # [C], since step 0
-            "label_share": torch.full((classes,), 1 / classes, dtype=env.dtype, device=env.device),  # w of eq. 8, [C]
+            "label_share": torch.full((classes,), start, dtype=env.dtype, device=env.device),  # m-tilde of eq. 8, [C]
             "center": torch.zeros(env.features, dtype=env.dtype, device=env.device),  # q-bar of eq. 6, [D]
+        }
+        if o.unlabeled_prior == "joint":
+            return state | {"prior": prior}
+        return state | {
+            "head_adjustment": log_power(prior, o.head_adjustment).to(env.dtype) * bool(o.head_adjustment),
+            "pseudo_label_adjustment": log_power(prior, o.pseudo_label_adjustment).to(env.dtype),
         }
 
     def active(self, step: Tensor) -> Tensor:
@@ -44,80 +66,207 @@ class SeMi:
         return step >= self.options.warmup_epochs * self.epoch_steps
 
     def mixing(self, state: State, step: Tensor) -> Tensor:
-        """gamma * w of eq. 8, [C]; gamma = alpha * epoch / epochs, 0 during the warm-up."""
+        """gamma * w of eq. 8, [C]; 0 during the warm-up."""
+        o, share = self.options, state["label_share"]
         epoch = torch.div(step, self.epoch_steps, rounding_mode="floor")
-        gamma = self.options.mixing * epoch * self.epoch_steps / self.steps
-        return torch.where(self.active(step), gamma * state["label_share"], 0.0)
+        progress = {
+            "epoch": epoch * self.epoch_steps / self.steps,
+            "step": step / self.steps,
+            "epoch_per_epoch_steps": epoch / self.epoch_steps,
+        }[o.mixing_ramp]
+        if o.class_weight_norm == "max":
+            share = share ** (1 / o.class_weight_temperature)
+            share = share / share.max()
+        return torch.where(self.active(step), o.mixing * progress * share, 0.0).to(share.dtype)
+
+    def adjustments(self, state: State) -> tuple[Tensor, Tensor]:
+        """Adjustments of the pseudo-labels of the standard and of the balanced head, [C] each."""
+        if "prior" not in state:
+            return state["head_adjustment"], state["pseudo_label_adjustment"]
+        strengths = self.options.head_adjustment, self.options.pseudo_label_adjustment
+        dtype = state["center"].dtype
+        head, balanced = (log_power(state["prior"], strength).to(dtype) * bool(strength) for strength in strengths)
+        return head, balanced
+
+    def votes(self, state: State, features: SplitRows) -> tuple[Tensor, Tensor, Tensor]:
+        """(queries [U, D], prototypes [C, D], bool [C]: classes that have one)."""
+        o, unlabeled = self.options, len(features.weak)
+        strong = features.strong.detach()
+        queries = strong[:unlabeled] if o.prototype_query == "strong_0" else by_view(strong, unlabeled).mean(0)
+        if o.prototype_mean == "capacity":
+            prototypes, valid = memory_bank.capacity_prototypes(state)
+        else:
+            prototypes, valid = memory_bank.prototypes(state, min_filled=o.prototype_min_filled)
+        if o.prototype_normalize:
+            queries, prototypes = (torch.nn.functional.normalize(x, dim=1) for x in (queries, prototypes))
+        return queries, prototypes, valid
 
     def loss(self, state: State, rows: Rows, outputs: Outputs, step: Tensor) -> Loss:
         o, active = self.options, self.active(step)
-        labeled, weak, strong = split_rows(outputs.logits["head"], rows.layout)
-        balanced_labeled, balanced_weak, balanced_strong = split_rows(outputs.logits["balanced_head"], rows.layout)
-        _, features_weak, features_strong = split_rows(outputs.features, rows.layout)
-        unlabeled = rows.layout.unlabeled
-        dtype = strong.dtype
+        standard = split_rows(outputs.logits["head"], rows.layout)
+        balanced = split_rows(outputs.logits[self.predicts], rows.layout)
+        all_features = outputs.features
+        if o.feature_order == "official":
+            all_features = released_semi.scrambled(all_features, rows.layout)
+        features = split_rows(all_features, rows.layout)
+        dtype = standard.strong.dtype
 
         found = pseudo_label(
-            weak.detach(),
-            balanced_weak.detach(),
-            features_strong[:unlabeled].detach(),  # strong_0
-            *memory_bank.prototypes(state),
+            standard.weak.detach(),
+            balanced.weak.detach(),
+            *self.votes(state, features),
             self.mixing(state, step),
-            state["adjustment"],
+            *self.adjustments(state),
+            o.hardness_scale * active.to(dtype),
             threshold=o.threshold,
+            temperature=o.temperature,
             prototype_temperature=o.prototype_temperature,
-            hardness_scale=o.hardness_scale * active.to(dtype),
+            by_predicted=o.mixing_index == "predicted",
+            renormalize=o.mixing_renormalize,
+            mask_source=o.mask_source,
+            entropy_source=o.entropy_source,
+            balanced_mask=o.balanced_mask,
         )
-        alignment, target = embedding_align(
-            features_weak,
-            features_strong,
+        target = self.target(found, active)
+        alignment, aligned_to = embedding_align(
+            features.weak,
+            features.strong,
             state["center"],
             (active & ~found.mask).to(dtype),
             temperature=o.alignment_temperature,
             teacher_temperature=o.alignment_temperature / o.alignment_sharpening,
         )
+        hardness = torch.where(found.mask, found.hardness, 0.0)  # a selection: masked rows add exactly 0
         terms = {
-            "supervised": cross_entropy(labeled, rows.labels),  # eq. 1
-            "unlabeled": masked_cross_entropy(  # eq. 9
-                strong, found.label, torch.where(found.mask, found.hardness, 0.0)
-            ),
-            "balanced_supervised": cross_entropy(balanced_labeled + state["adjustment"], rows.labels),  # eq. 10
-            "balanced_unlabeled": masked_cross_entropy(  # eq. 11
-                balanced_strong, found.balanced_label, found.balanced_mask.to(dtype)
-            ),
-            "alignment": o.alignment_weight * alignment,  # eq. 6
+            "supervised": masked_cross_entropy(standard.labeled, rows.labels),  # eq. 1
+            "unlabeled": masked_cross_entropy(standard.strong, target, hardness),  # eq. 9
         }
+        if o.balanced_head:
+            terms |= self.balanced_terms(state, rows, balanced, found, target, active)
+            if o.bank_sampling:
+                terms["balanced_bank"] = self.bank_term(state, rows, outputs, found, step)
+        terms["alignment"] = o.alignment_weight * alignment  # eq. 6
+        stored = features.weak if o.bank_views == "weak" else features.strong
         pending = {
             "pseudo_label": found.label,  # [U]
             "mask": found.mask,  # [U]
             "confidence": found.confidence,  # [U]
-            "features": features_strong.detach().view(2, unlabeled, -1).transpose(0, 1),  # [U, S, D]
-            "target": target,  # [U, D]
+            "features": by_view(stored.detach(), rows.layout.unlabeled).transpose(0, 1),  # [U, views, D]
         }
+        centers = {"target_ema": aligned_to, "feature_ema": features.weak.detach(), "none": None}[o.center]
+        totals = {"label_counts": found.counts}
+        if centers is not None:
+            totals["center"] = centers.sum(0)
+        if "prior" in state:
+            totals["labeled_counts"] = count(rows.labels, classes=len(found.counts))
         stats = {
             "mask": fraction(found.mask),
-            "balanced_mask": fraction(found.balanced_mask),
+            "balanced_mask": fraction(found.adjusted_mask),
             "hardness": found.hardness.mean(),
             "bank_fill": fraction(memory_bank.filled(state)),
         }
-        return Loss(torch.stack(list(terms.values())).sum(), terms, pending, stats)  # eq. 12
+        return Loss(torch.stack(list(terms.values())).sum(), terms, pending, stats, totals)  # eq. 12
+
+    def target(self, found: PseudoLabels, active: Tensor) -> Tensor:
+        """What the standard head learns: classes [U], or distributions [U, C] once the warm-up is over."""
+        if self.options.pseudo_label_target == "hard":
+            return found.label
+        classes = torch.arange(found.probs.shape[1], device=found.label.device)
+        return torch.where(active, found.probs, (found.label.unsqueeze(1) == classes).to(found.probs.dtype))
+
+    def balanced_terms(
+        self, state: State, rows: Rows, logits: SplitRows, found: PseudoLabels, target: Tensor, active: Tensor
+    ) -> dict[str, Tensor]:
+        """The balanced head's two losses (eq. 10, 11)."""
+        o, dtype = self.options, logits.strong.dtype
+        labeled = logits.labeled.double() if o.double_adjustment else logits.labeled
+        target = target if o.balanced_target == "mixed" else found.adjusted_label
+        terms = {
+            "balanced_supervised": masked_cross_entropy(labeled, rows.labels, offset=state["adjustment"]).to(dtype),
+            "balanced_unlabeled": masked_cross_entropy(logits.strong, target, found.adjusted_mask.to(dtype)),
+        }
+        if not o.warmup_balanced:
+            terms = {name: torch.where(active, term, 0.0) for name, term in terms.items()}
+        return terms
+
+    def bank_term(self, state: State, rows: Rows, outputs: Outputs, found: PseudoLabels, step: Tensor) -> Tensor:
+        """Cross-entropy of stored features that top up the balanced head's batch to an equal share of every class.
+
+        The share is that of the labeled rows, the rows that the balanced head learns from, and `bank_sampling`; a class
+        below it adds as many of its slots as are missing and filled, drawn without replacement.
+        """
+        assert outputs.classify is not None
+        taken = memory_bank.filled(state)  # [C, M]
+        classes, slots = taken.shape
+        present = count(rows.labels, classes=classes)
+        present += count(found.adjusted_label, found.adjusted_mask, classes=classes)
+        present = processes.sum_in_place(present)
+        missing = (present.sum() + self.options.bank_sampling) // classes - present  # [C]
+        place = torch.arange(classes * slots, device=step.device)
+        word = philox(self.seed, (torch.full_like(place, BANK_SAMPLING), step.expand_as(place), place, 0 * place))[0]
+        drawn = torch.where(taken, word.view(classes, slots), -1)  # empty slots come last
+        rank = drawn.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        chosen = (taken & (rank < missing.unsqueeze(1))).flatten()
+        logits = outputs.classify(state["bank.features"].flatten(0, 1))["balanced_head"]
+        coefficient = chosen.to(logits.dtype) * (len(place) / chosen.sum().clamp_min(1))
+        return masked_cross_entropy(logits, torch.div(place, slots, rounding_mode="floor"), coefficient)
 
     def update(self, state: State, pending: State, step: Tensor) -> None:
-        o, label, mask = self.options, pending["pseudo_label"], pending["mask"]
-        classes = torch.arange(len(state["label_counts"]), device=label.device)
-        state["label_counts"] += (mask & (label == classes.unsqueeze(1))).sum(1)
-        counts = state["label_counts"].to(state["label_share"].dtype)
-        epoch_ends = ((step + 1) % self.epoch_steps == 0) & (counts.sum() > 0)
-        state["label_share"].copy_(torch.where(epoch_ends, counts / counts.sum().clamp_min(1), state["label_share"]))
+        self.count_labels(state, pending, step)
+        views = pending["features"].shape[1]
+        features = pending["features"].transpose(0, 1).flatten(0, 1)  # [views * U, D], strong_0 first
+        label, confidence, mask = (pending[x].repeat(views) for x in ("pseudo_label", "confidence", "mask"))
+        if self.options.bank_eviction == "official":
+            released_semi.push(state, features, label, confidence, mask, step)
+        else:
+            oldest_leaves = self.options.bank_eviction == "oldest"
+            memory_bank.push(state, features, label, confidence, mask, step, oldest_leaves=oldest_leaves)
+        self.decay(state, step, rows=len(features))
 
-        features = pending["features"].transpose(0, 1).flatten(0, 1)  # [S * U, D], strong_0 first
-        labels, confidences, offered = (x.repeat(2) for x in (label, pending["confidence"], mask))  # [S * U]
-        memory_bank.push(state, features, labels, confidences, offered, step)
+        if "center" in pending:
+            momentum = self.options.center_momentum
+            center = momentum * state["center"] + (1 - momentum) * pending["center"] / len(pending["mask"])
+            state["center"].copy_(torch.where(self.active(step), center, state["center"]))
+        if "prior" in state:
+            seen = (pending["labeled_counts"] + pending["label_counts"]).double()
+            state["prior"].lerp_(seen / seen.sum(), 1 - self.options.prior_momentum)
 
-        center = o.center_momentum * state["center"] + (1 - o.center_momentum) * pending["target"].mean(0)
-        state["center"].copy_(torch.where(self.active(step), center, state["center"]))
-        decays = (step + 1) % o.bank_decay_every == 0
-        memory_bank.decay(state, torch.where(decays, o.bank_decay, 1.0))
+    def count_labels(self, state: State, pending: State, step: Tensor) -> None:
+        """Renew the shares of the pseudo-labels, where there are any."""
+        o, share = self.options, state["label_share"]
+        state["label_counts"] += pending["label_counts"]
+        if o.class_weight_update == "ema":
+            counts, momentum = pending["label_counts"].to(share.dtype), o.class_weight_momentum
+            renewed = momentum * share + (1 - momentum) * counts / counts.sum().clamp_min(1)
+            renews = counts.sum() > 0
+        else:
+            counts = state["label_counts"].to(share.dtype)
+            renewed = counts / counts.sum().clamp_min(1)
+            renews = ((step + 1) % self.epoch_steps == 0) & (counts.sum() > 0)
+        share.copy_(torch.where(renews, renewed, share))
+
+    def decay(self, state: State, step: Tensor, *, rows: int) -> None:
+        """The bank's decay (eq. 7) in every n-th step, of the run or of an epoch."""
+        o, every = self.options, self.options.bank_decay_every
+        since = torch.full_like(step, every)  # steps since the last decay
+        clock = step + 1
+        if o.bank_decay_clock == "epoch":
+            clock = step % self.epoch_steps + 1
+            since += torch.where(clock == every, self.epoch_steps % every, 0)
+        factor = torch.where(clock % every == 0, o.bank_decay, 1.0)
+        memory_bank.decay(state, factor, (step + 1 - since) * rows if o.bank_decay_scope == "stale" else None)
+        if o.bank_eviction == "official":
+            released_semi.sort_by_confidence(state)
 
     def logits(self, state: State, outputs: Outputs) -> Tensor:
-        return outputs.logits["balanced_head"]
+        return outputs.logits[self.predicts]
+
+
+def by_view(features: Tensor, unlabeled: int) -> Tensor:
+    """[views * U, D] as [views, U, D]."""
+    return features.view(-1, unlabeled, features.shape[1])
+
+
+def count(labels: Tensor, mask: Tensor | bool = True, *, classes: int) -> Tensor:
+    """Labels per class where `mask`: int64 [C]."""
+    return (mask & (labels == torch.arange(classes, device=labels.device).unsqueeze(1))).sum(1)

@@ -30,7 +30,11 @@ class Classifier(nn.Module):
         features = self.backbone(images)
         features = features if features.dtype == torch.float64 else features.float()
         with torch.autocast(features.device.type, enabled=False):
-            return Outputs(features, {name: head(features) for name, head in self.heads.items()})
+            return Outputs(features, self.classify(features), self.classify)
+
+    def classify(self, features: Tensor) -> dict[str, Tensor]:
+        """Logits [n, C] of every head, from features [n, D]."""
+        return {name: head(features) for name, head in self.heads.items()}
 
 
 def make_classifier(

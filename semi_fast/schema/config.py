@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from semi_fast.schema import semi
 from semi_fast.schema.data import AugmentConfig, BatchConfig, DataConfig
 from semi_fast.schema.engine import CheckpointConfig, EvalConfig, LogConfig
 from semi_fast.schema.method import MethodConfig
@@ -72,7 +73,7 @@ def identity(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Raise ValueError with one line (rule; value; way out) for the first rule that the configuration breaks."""
     c = config
-    semi, la = c.method.semi, c.method.la
+    la = c.method.la
     rules = [
         (bool(c.data.path), "data.path must name a prepared data set (see semi-fast prepare); it is empty"),
         (c.optim.steps >= 1, f"optim.steps must be at least 1; got {c.optim.steps}"),
@@ -117,26 +118,10 @@ def check(config: Config) -> None:
             c.method.fixmatch.strong_views >= 1,
             f"method.fixmatch.strong_views must be at least 1; got {c.method.fixmatch.strong_views}",
         ),
-        (0 < semi.threshold <= 1, f"method.semi.threshold must lie in (0, 1]; got {semi.threshold}"),
-        (0 <= semi.hardness_scale <= 1, f"method.semi.hardness_scale must lie in [0, 1]; got {semi.hardness_scale}"),
-        (0 <= semi.mixing <= 1, f"method.semi.mixing must lie in [0, 1]; got {semi.mixing}"),
         (
-            min(semi.prototype_temperature, semi.alignment_temperature, semi.alignment_sharpening) > 0,
-            "method.semi: temperatures and alignment_sharpening must be positive",
-        ),
-        (0 <= semi.center_momentum < 1, f"method.semi.center_momentum must lie in [0, 1); got {semi.center_momentum}"),
-        (
-            min(semi.alignment_weight, semi.adjustment, la.strength, c.method.fixmatch.unlabeled_weight) >= 0,
-            "method.semi.alignment_weight, method.semi.adjustment, method.la.strength and "
-            "method.fixmatch.unlabeled_weight must not be negative",
-        ),
-        (semi.bank_slots >= 1, f"method.semi.bank_slots must be at least 1; got {semi.bank_slots}"),
-        (0 < semi.bank_decay <= 1, f"method.semi.bank_decay must lie in (0, 1]; got {semi.bank_decay}"),
-        (semi.bank_decay_every >= 1, f"method.semi.bank_decay_every must be at least 1; got {semi.bank_decay_every}"),
-        (
-            c.method.name != "semi" or 0 <= semi.warmup_epochs * c.method.epoch_steps < c.optim.steps,
-            "method.semi.warmup_epochs * method.epoch_steps must be below optim.steps; got "
-            f"{semi.warmup_epochs} * {c.method.epoch_steps} and {c.optim.steps}",
+            min(la.strength, c.method.fixmatch.unlabeled_weight) >= 0,
+            "method.la.strength and method.fixmatch.unlabeled_weight must not be negative; got "
+            f"{la.strength} and {c.method.fixmatch.unlabeled_weight}",
         ),
         (c.run_dir != "", "run_dir must name a directory; it is empty: give one, or null for a fresh one under runs/"),
         (
@@ -145,6 +130,13 @@ def check(config: Config) -> None:
         ),
         (0 <= c.seed < 2**64, f"seed must lie in 0..2**64 - 1; got {c.seed}"),
     ]
+    if c.method.name == "semi":
+        rules += semi.rules(
+            c.method.semi,
+            unlabeled_ratio=c.batch.unlabeled_ratio,
+            epoch_steps=c.method.epoch_steps,
+            steps=c.optim.steps,
+        )
     rules += [
         (math.isfinite(value), f"{key} must be finite; got {value}")
         for key, value in leaves(plain(c)).items()

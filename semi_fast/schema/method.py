@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from semi_fast.schema.semi import SemiConfig
+
 
 @dataclass(frozen=True)
 class FixMatchConfig:
@@ -30,40 +32,6 @@ class LogitAdjustmentConfig:
     """Subtract it from the logits that pseudo-labels are made from."""
     predict: bool = False
     """Subtract it from the logits that are evaluated; not together with `train`, which would correct twice."""
-
-
-@dataclass(frozen=True)
-class SemiConfig:
-    """SeMi, preset `default`: the resolution column of the decision table."""
-
-    preset: Literal["default"] = "default"
-    """Which reading of the paper."""
-    threshold: float = 0.7
-    """Confidence from which a pseudo-label counts (tau)."""
-    hardness_scale: float = 0.75
-    """Span of the entropy weight (s); weights lie in [1 - s, 1]."""
-    mixing: float = 0.4
-    """Weight of the prototypes' vote at the end of training (alpha)."""
-    prototype_temperature: float = 0.1
-    """Temperature of the softmax over distances to prototypes (T_p)."""
-    alignment_weight: float = 0.15
-    """Weight of the embedding alignment (lambda_EA)."""
-    alignment_temperature: float = 0.09
-    """Temperature of the strong views' features (T_e)."""
-    alignment_sharpening: float = 5.0
-    """The weak view's temperature is T_e divided by this."""
-    center_momentum: float = 0.9
-    """Momentum of the centre taken from the weak features (of q-bar)."""
-    adjustment: float = 2.0
-    """Factor on the log prior for the balanced head (T_b)."""
-    bank_slots: int = 128
-    """Slots per class of the memory bank (M)."""
-    bank_decay: float = 0.99
-    """Factor on every stored confidence (beta) ..."""
-    bank_decay_every: int = 100
-    """... every so many steps (n)."""
-    warmup_epochs: int = 20
-    """Epochs (of `method.epoch_steps`) before mixing, entropy weights and alignment begin."""
 
 
 @dataclass(frozen=True)

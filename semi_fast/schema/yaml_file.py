@@ -52,8 +52,8 @@ def check_keys(keys: list[str], where: str) -> None:
             raise ValueError(f"{where}: there is no key {key}; {hint}")
 
 
-def check_file(path: Path) -> None:
-    """Raise ValueError in one line unless the file is YAML whose every key the configuration has, once."""
+def check_file(path: Path) -> list[str]:
+    """A file's dotted keys; ValueError in one line unless it is YAML whose every key the configuration has, once."""
     try:
         if not path.is_file():  # a pipe, too: the file is read twice
             raise ValueError("no such configuration file; see configs/ for some")
@@ -74,6 +74,7 @@ def check_file(path: Path) -> None:
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deep, or within itself; write the keys out") from error
     check_keys(names, str(path))
+    return names
 
 
 class QuotingDumper(yaml.SafeDumper):

@@ -1,5 +1,66 @@
-"""Insertion into a bank that keeps the most confident rows of each class."""
+"""Insertion into a bank that keeps the most confident rows of each class, and the sums of what it keeps."""
 
-from semi_fast.ops.bank_push.reference import bank_push
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from semi_fast.ops.bank_push import reference
+from semi_fast.ops.door import FLOATS, expect, has_kernel
 
 __all__ = ["bank_push"]
+
+STORED = (torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def bank_push(
+    features: Tensor,
+    confidences: Tensor,
+    inserted: Tensor,
+    sums: Tensor,
+    new_features: Tensor,
+    new_labels: Tensor,
+    new_confidences: Tensor,
+    mask: Tensor,
+    number: Tensor,
+    *,
+    oldest_leaves: bool = False,
+) -> None:
+    """Offer R rows to the bank, in place; the result is that of offering them one after the other.
+
+    State: features float32 or float64 [C, M, D], confidences of the same type [C, M] (0: empty slot), inserted int64
+    [C, M] (-1: empty slot), sums float64 [C, D], kept equal to the sum of each class's slots. Offered, in order:
+    new_features float [R, D], new_labels int64 [R], new_confidences float [R], mask bool [R], number int64 [R], rising
+    and above every number in the bank.
+
+    A row is offered if its mask is set and its confidence is above 0 (a NaN is not). It enters if that is strictly
+    above the lowest of its class; the lowest leaves, among equals the one inserted last. So each class keeps the first
+    M in the order (confidence descending, number ascending). With `oldest_leaves` every offered row enters and the row
+    with the lowest number leaves. Which slot a row takes is not part of the contract. Raises ValueError for a wrong
+    shape, type or device. Source: SeMi section 3.2; `inserted` makes its order total.
+    """
+    (classes, slots, width), rows, device = features.shape, len(new_labels), features.device
+    expect("features", features, (None, None, None), STORED, device)
+    expect("confidences", confidences, (classes, slots), (features.dtype,), device)
+    expect("inserted", inserted, (classes, slots), (torch.int64,), device)
+    expect("sums", sums, (classes, width), (torch.float64,), device)
+    expect("new_features", new_features, (rows, width), FLOATS, device)
+    expect("new_labels", new_labels, (rows,), (torch.int64,), device)
+    expect("new_confidences", new_confidences, (rows,), FLOATS, device)
+    expect("mask", mask, (rows,), (torch.bool,), device)
+    expect("number", number, (rows,), (torch.int64,), device)
+    state = features, confidences, inserted, sums
+    for name, tensor in zip(("features", "confidences", "inserted", "sums"), state, strict=True):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous: it is changed in place")
+    if not rows:
+        return
+    offered = new_features, new_labels, new_confidences, mask, number
+    if has_kernel(device):
+        from semi_fast.ops.bank_push import kernel
+
+        kernel.bank_push(*state, *(x.contiguous() for x in offered), oldest_leaves)
+    else:
+        options = {"oldest_leaves": oldest_leaves, "fixed_shapes": device.type != "cpu"}
+        reference.bank_push(*state, *offered, **options)

@@ -1,4 +1,4 @@
-"""Reference of the bank's insertion: a sort per class, no loop over rows, no wait for the device."""
+"""Reference of the bank's insertion: two small sorts, no loop over rows, no wait for the device."""
 
 from __future__ import annotations
 
@@ -6,47 +6,59 @@ import torch
 from torch import Tensor
 
 
-@torch.no_grad()
+def worst_first(priority: Tensor, number: Tensor) -> Tensor:
+    """Per row, the order (priority ascending, number descending): int64, shape of `priority`."""
+    newest_first = number.argsort(dim=-1, descending=True, stable=True)
+    return newest_first.gather(-1, priority.gather(-1, newest_first).argsort(dim=-1, stable=True))
+
+
 def bank_push(
     features: Tensor,
     confidences: Tensor,
     inserted: Tensor,
+    sums: Tensor,
     new_features: Tensor,
     new_labels: Tensor,
     new_confidences: Tensor,
     mask: Tensor,
     number: Tensor,
+    *,
+    oldest_leaves: bool,
+    fixed_shapes: bool = True,
 ) -> None:
-    """Offer R rows to the bank, in place; the result is that of offering them one after the other.
+    """See `semi_fast.ops.bank_push.bank_push`.
 
-    State: features [C, M, D], confidences [C, M] (0: empty), inserted int64 [C, M] (-1: empty). Offered, in order:
-    new_features [R, D], new_labels int64 [R], new_confidences [R], mask bool [R], number int64 [R], rising and above
-    every number in the bank. A row enters if its mask is set and its confidence is strictly above the lowest of its
-    class; the lowest leaves, among equals the one inserted last. So each class keeps the first M in the order
-    (confidence descending, number ascending). A NaN confidence does not enter.
+    The best candidate of a class meets its worst slot, the second best the second worst, and so on; a candidate
+    enters where it is strictly better. As candidates fall and slots rise, the pairs that exchange are the first ones,
+    and their number is that of the sequential rule. `fixed_shapes`: for a device that must not be waited for.
     """
     classes, slots = confidences.shape
+    row = torch.arange(len(number), device=mask.device)
     offered = mask & (new_confidences > 0)  # false for NaN too
-    mine = offered & (new_labels == torch.arange(classes, device=mask.device).unsqueeze(1))  # [C, R]
-    all_confidences = torch.cat([confidences, torch.where(mine, new_confidences, -1.0)], 1)  # [C, M + R]
-    all_numbers = torch.cat([inserted, number.expand(classes, -1)], 1)
-    by_number = all_numbers.argsort(dim=1, stable=True)
-    by_confidence = all_confidences.gather(1, by_number).argsort(dim=1, descending=True, stable=True)
-    kept = by_number.gather(1, by_confidence[:, :slots])  # [C, M]
-    keep = torch.zeros_like(all_confidences, dtype=torch.bool).scatter_(1, kept, True)
+    first_slot = new_labels.clamp(0, classes - 1) * slots  # [R], in the flattened bank
+    if oldest_leaves:  # the priority of a row is its age
+        priority, new_priority = inserted, number
+    else:
+        priority, new_priority = confidences, new_confidences.to(confidences.dtype)
 
-    # The k-th row that enters a class takes the k-th slot that is freed there: as many enter as leave.
-    freed = keep[:, :slots].to(torch.int8).argsort(dim=1, stable=True)  # slots to be freed first, in slot order
-    enters = keep[:, slots:]  # [C, R]
-    rank = enters.cumsum(1) - 1
-    k = new_labels.clamp(0, classes - 1)
-    row = torch.arange(len(k), device=k.device)
-    slot = freed[k, rank[k, row].clamp_min(0)]
-    target = torch.where(enters[k, row], k * slots + slot, classes * slots)  # [R]; the last place is thrown away
-    for state, value in (
-        (features.view(-1, features.shape[2]), new_features),
-        (confidences.view(-1), new_confidences),
-        (inserted.view(-1), number),
-    ):
-        padded = torch.cat([state, torch.zeros_like(state[:1])])
-        state.copy_(padded.index_copy_(0, target, value.to(state.dtype))[:-1])
+    # The rank of a row among the offered rows of its class: how many come before it in (priority falling, row rising).
+    place = new_priority.argsort(descending=True, stable=True).argsort()
+    group = torch.where(offered, first_slot, -1 - row)  # a row that is not offered is alone
+    before = (group.unsqueeze(0) == group.unsqueeze(1)) & (place.unsqueeze(0) < place.unsqueeze(1))
+    rank = before.sum(1)  # [R]
+    met = first_slot + worst_first(priority, inserted).view(-1)[first_slot + rank.clamp_max(slots - 1)]
+    enters = offered & (rank < slots) & (new_priority > priority.view(-1)[met])
+
+    if fixed_shapes:  # where a row does not enter, do again what the first entering row does, or nothing
+        source, counted = torch.where(enters, row, enters.int().argmax()), row
+    else:
+        source = counted = enters.nonzero().squeeze(1)
+    target, goes = met[source], enters[source]
+    flat = features.view(classes * slots, -1)
+    old = flat[target]
+    new = torch.where(goes.unsqueeze(1), new_features[source].to(old.dtype), old)
+    change = torch.where(enters[counted].unsqueeze(1), new.double() - old, 0.0)
+    sums.index_put_((torch.div(first_slot[counted], slots, rounding_mode="floor"),), change, accumulate=True)
+    flat.index_copy_(0, target, new)
+    for state, values in ((confidences.view(-1), new_confidences), (inserted.view(-1), number)):
+        state.index_copy_(0, target, torch.where(goes, values[source].to(state.dtype), state[target]))

@@ -7,19 +7,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
-def masked_cross_entropy(logits: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
-    """(1 / R) * sum over rows of coefficient * CE(logits, target): a scalar; differentiable in `logits`.
-
-    logits: float [R, C], R a multiple of n; target: int64 [n]; coefficient: float [n]. Row r belongs to image r mod n.
-    The sum is over all R rows, masked or not: the divisor is not the number of kept rows. A row whose coefficient is 0
-    is left out, not multiplied: it adds exactly 0 to value and gradient even where its logits are not finite.
-    """
-    if target.ndim != 1 or len(logits) % max(len(target), 1):
-        raise ValueError(f"target must be [n] with n dividing {len(logits)} rows; got {tuple(target.shape)}")
-    if coefficient.shape != target.shape:
-        raise ValueError(f"coefficient must be {tuple(target.shape)}; got {tuple(coefficient.shape)}")
+def masked_cross_entropy(logits: Tensor, target: Tensor, coefficient: Tensor | None, offset: Tensor | None) -> Tensor:
+    """See `semi_fast.ops.masked_cross_entropy.masked_cross_entropy`."""
     views = len(logits) // max(len(target), 1)
-    target, coefficient = target.repeat(views), coefficient.to(logits.dtype).repeat(views)  # [R]
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    if offset is not None:
+        exact = exact + offset
+    if coefficient is None:
+        return cross_entropy(exact, target.repeat(views, *(1 for _ in target.shape[1:])))
+    coefficient = coefficient.to(exact.dtype).repeat(views)  # [R]
     kept = coefficient != 0
-    losses = cross_entropy(torch.where(kept.unsqueeze(1), logits, 0.0), target, reduction="none")
+    exact = torch.where(kept.unsqueeze(1), exact, 0.0)
+    if target.ndim == 2:
+        losses = -(target.to(exact.dtype).repeat(views, 1) * torch.log_softmax(exact, 1)).sum(1)
+    else:
+        losses = cross_entropy(exact, target.repeat(views), reduction="none")
     return torch.where(kept, coefficient * losses, 0.0).sum() / max(len(logits), 1)

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class PseudoLabels(NamedTuple):
-    """What the unlabeled images are taken for."""
-
-    label: Tensor  # int64 [U], for the standard head
-    confidence: Tensor  # float [U], of `label`
-    mask: Tensor  # bool [U]
-    hardness: Tensor  # float [U], the hardness weight before masking
-    balanced_label: Tensor  # int64 [U], for the balanced head
-    balanced_mask: Tensor  # bool [U]
 
 
 def hardness_weight(probs: Tensor, scale: Tensor | float) -> Tensor:
@@ -38,7 +26,19 @@ def prototype_probs(queries: Tensor, prototypes: Tensor, valid: Tensor, temperat
     return torch.where(valid, probs, 0.0)  # with no valid class the softmax is NaN and every entry is replaced
 
 
-@torch.no_grad()
+def mix(probs: Tensor, vote: Tensor, weight: Tensor, *, by_predicted: bool, renormalize: bool) -> Tensor:
+    """The prediction with the prototypes' vote mixed in (eq. 8): [n, C]; where nothing is mixed, `probs` bit for bit.
+
+    weight: [C]. By column, class k takes weight[k] of its vote; by prediction, the whole row weight[argmax probs].
+    """
+    weight = weight[probs.argmax(1)].unsqueeze(1) if by_predicted else weight.unsqueeze(0)
+    mixed = (1 - weight) * probs + weight * vote
+    if renormalize:
+        some = (weight > 0).any(1, keepdim=True)
+        mixed = torch.where(some, mixed / mixed.sum(1, keepdim=True), mixed)
+    return mixed
+
+
 def pseudo_label(
     logits: Tensor,
     balanced_logits: Tensor,
@@ -46,35 +46,44 @@ def pseudo_label(
     prototypes: Tensor,
     valid: Tensor,
     mixing: Tensor,
+    head_adjustment: Tensor,
     adjustment: Tensor,
+    hardness_scale: Tensor,
     *,
     threshold: float,
+    temperature: float,
     prototype_temperature: float,
-    hardness_scale: Tensor,
-) -> PseudoLabels:
-    """Targets and masks of both heads for U unlabeled images.
-
-    logits, balanced_logits: [U, C] of the weak view; queries: [U, D] features of strong_0; prototypes: [C, D] with
-    valid: bool [C]; mixing: [C], the weight of the prototypes' vote in each class column, 0 while it is off;
-    adjustment: [C] = strength * log prior; hardness_scale: scalar tensor, 0 while the weighting is off (weight 1).
-    The rows are normalised again after mixing, except where nothing is mixed: there they stay as they are, bit for bit.
-    """
-    for name, tensor in (("balanced_logits", balanced_logits), ("logits", logits)):
-        if tensor.shape != (len(queries), len(prototypes)):
-            raise ValueError(f"{name} must be [{len(queries)}, {len(prototypes)}]; got {tuple(tensor.shape)}")
-    probs = torch.softmax(logits, 1)
+    by_predicted: bool,
+    renormalize: bool,
+    mask_source: str,
+    entropy_source: str,
+    balanced_mask: str,
+) -> tuple[Tensor, ...]:
+    """See `semi_fast.ops.pseudo_label.pseudo_label`; the fields of `PseudoLabels` in order."""
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits, balanced_logits, queries = (x.to(exact) for x in (logits, balanced_logits, queries))
+    probs = torch.softmax((logits - head_adjustment) / temperature, 1)
+    vote = prototype_probs(queries, prototypes.to(exact), valid, prototype_temperature)
     weight = torch.where(valid, mixing, 0.0)  # [C]
-    mixed = (1 - weight) * probs + weight * prototype_probs(queries, prototypes, valid, prototype_temperature)
-    mixed = torch.where((weight > 0).any(), mixed / mixed.sum(1, keepdim=True), probs)
+    mixed = mix(probs, vote, weight, by_predicted=by_predicted, renormalize=renormalize)
     confidence, label = mixed.max(1)
+    kept = {"linear": probs.amax(1) >= threshold, "mixed": confidence >= threshold}
+    mask = kept["linear"] | kept["mixed"] if mask_source == "or" else kept[mask_source]
 
-    balanced_confidence, balanced_label = torch.softmax(logits - adjustment, 1).max(1)
-    own_confidence = torch.softmax(balanced_logits, 1).amax(1)
-    return PseudoLabels(
-        label=label,
-        confidence=confidence,
-        mask=(confidence >= threshold) | (probs.amax(1) >= threshold),
-        hardness=hardness_weight(mixed, hardness_scale),
-        balanced_label=balanced_label,
-        balanced_mask=(balanced_confidence >= threshold) | (own_confidence >= threshold),
+    adjusted_confidence, adjusted_label = torch.softmax((logits - adjustment) / temperature, 1).max(1)
+    if balanced_mask == "or":
+        own_confidence = torch.softmax(balanced_logits / temperature, 1).amax(1)
+        adjusted_mask = (adjusted_confidence >= threshold) | (own_confidence >= threshold)
+    else:
+        adjusted_mask = torch.softmax((balanced_logits - adjustment) / temperature, 1).amax(1) >= threshold
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return (
+        label,
+        confidence,
+        mask,
+        hardness_weight(mixed if entropy_source == "mixed" else probs, hardness_scale),
+        adjusted_label,
+        adjusted_mask,
+        mixed,
+        (mask & (label == classes.unsqueeze(1))).sum(1),  # [C]
     )

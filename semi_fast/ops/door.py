@@ -1,0 +1,58 @@
+"""What every operation checks before it computes, and whether its Triton kernel can run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OLDEST_TRITON = (3, 6)
+
+
+def find_obstacle() -> str:
+    """Why no kernel can be compiled here; empty where they can."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "Triton is not installed"
+    numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
+    return "" if numbers >= OLDEST_TRITON else f"Triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+
+
+OBSTACLE = find_obstacle()
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether operations on `device` run their kernels; elsewhere their references run."""
+    return device.type == "cuda" and not OBSTACLE
+
+
+def backend(device: torch.device) -> str:
+    """One line for logs: what the operations run on `device`, and why no kernels."""
+    if has_kernel(device):
+        return f"Triton {version('triton')} kernels"
+    return f"reference operations, no kernels: {OBSTACLE or f'the device is {device.type}, not CUDA'}"
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def expect(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: Collection[torch.dtype], device: torch.device
+) -> None:
+    """Raise ValueError with the argument's name unless shape (None: any size), dtype and device are as given."""
+    fits = len(shape) == tensor.ndim and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape [{wanted}]; got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be {wanted}; got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}; got {tensor.device}")

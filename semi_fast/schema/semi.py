@@ -1,0 +1,207 @@
+"""Options of SeMi: every reading of the paper and of the released code as a key, and the presets as values of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class SemiConfig:
+    """SeMi. The defaults are the preset `default`; docs/methods.md has the reasons, symbols and sources."""
+
+    preset: Literal["default", "paper", "official"] = "default"
+    """Fills in the keys below that are not given: default; paper, to the letter; official, as the released code."""
+
+    threshold: float = 0.7
+    """Confidence from which a pseudo-label counts (tau)."""
+    temperature: float = 1.0
+    """Of the softmax over the weak view's logits (T)."""
+    pseudo_label_target: Literal["hard", "soft"] = "hard"
+    """Whether the standard head learns the most probable class or the mixed distribution (q')."""
+    mask_source: Literal["or", "linear", "mixed"] = "or"
+    """Which confidence must reach the threshold: of the head (linear), after mixing (mixed), or either."""
+    head_adjustment: float = 0.0
+    """Factor on the log prior taken off the standard head's logits for its own pseudo-labels (pula: 2)."""
+    strong_views: int = 2
+    """Strong views per unlabeled image; the paper's equations write 1, the code has 2."""
+
+    hardness_scale: float = 0.75
+    """Span of the entropy weight (s); weights lie in [1 - s, 1]. 0 turns the weights off."""
+    entropy_source: Literal["mixed", "linear"] = "mixed"
+    """Whose entropy it is: after mixing, or of the head."""
+
+    mixing: float = 0.4
+    """Weight of the prototypes' vote at the end of training (alpha). 0 turns label mixing off."""
+    mixing_ramp: Literal["epoch", "step", "epoch_per_epoch_steps"] = "epoch"
+    """How the weight rises: alpha * epoch / epochs, alpha * step / steps, or alpha * epoch / method.epoch_steps."""
+    mixing_index: Literal["column", "predicted"] = "column"
+    """Class weights scale the vote class by class, or row by row with the weight of the predicted class."""
+    mixing_renormalize: bool = True
+    """Whether the rows of the mixed distribution are made to sum to 1."""
+    class_weight_norm: Literal["sum", "max"] = "sum"
+    """Class weights (w_k) are the shares of the pseudo-labels, or these relative to the largest."""
+    class_weight_temperature: float = 1.0
+    """With norm max: w = share ** (1 / temperature) / its maximum."""
+    class_weight_update: Literal["epoch_cumulative", "ema"] = "epoch_cumulative"
+    """Shares are those of all steps, renewed after every epoch, or a moving average renewed in every step."""
+    class_weight_momentum: float = 0.999
+    """Of that moving average."""
+    class_weight_start: Literal["uniform", "one"] = "uniform"
+    """Shares before the first renewal: 1 / C, or 1."""
+
+    prototype_temperature: float = 0.1
+    """Of the softmax over distances to prototypes (T_p)."""
+    prototype_normalize: bool = False
+    """Whether queries and prototypes are scaled to length 1 before the distance."""
+    prototype_query: Literal["strong_0", "mean"] = "strong_0"
+    """Which features ask: those of strong_0, or the mean over the strong views."""
+    prototype_mean: Literal["filled", "capacity"] = "filled"
+    """A class's sum is divided by its filled slots, or by all slots with no class left out."""
+    prototype_min_filled: int = 1
+    """Filled slots from which a class has a prototype."""
+
+    bank_slots: int = 128
+    """Slots per class of the memory bank (M)."""
+    bank_eviction: Literal["lowest", "oldest", "official"] = "lowest"
+    """Who leaves a full class: the lowest confidence; the oldest; or, as released, the wrong features."""
+    bank_decay: float = 0.99
+    """Factor on stored confidences (beta) ..."""
+    bank_decay_every: int = 100
+    """... every so many steps (n)."""
+    bank_decay_scope: Literal["all", "stale"] = "all"
+    """What decays: every slot, or those not filled since the last decay."""
+    bank_decay_clock: Literal["global", "epoch"] = "global"
+    """Steps are counted over the run, or anew in every epoch."""
+    bank_views: Literal["strong", "weak"] = "strong"
+    """Whose features are stored."""
+    bank_sampling: int = 0
+    """Stored features that top up the balanced head's batch in each step (num_samples); 0 for none."""
+
+    alignment_weight: float = 0.15
+    """Weight of the embedding alignment (lambda_EA). 0 turns it off."""
+    alignment_temperature: float = 0.09
+    """Temperature of the strong views' features (T_e)."""
+    alignment_sharpening: float = 5.0
+    """The weak view's temperature is T_e divided by this."""
+    center: Literal["target_ema", "feature_ema", "none"] = "target_ema"
+    """What is taken off the weak features (q-bar): a moving average of targets, of features, or nothing."""
+    center_momentum: float = 0.9
+    """Of that moving average."""
+
+    balanced_head: bool = True
+    """Whether there is a second, logit-adjusted head; without it the standard head is evaluated."""
+    adjustment: float = 2.0
+    """Factor on the log prior in the balanced head's labeled loss (T_b) ..."""
+    pseudo_label_adjustment: float = 2.0
+    """... and in its pseudo-labels (T_b there)."""
+    balanced_target: Literal["adjusted", "mixed"] = "adjusted"
+    """Its pseudo-labels: the standard head's adjusted prediction, or those of the standard head."""
+    balanced_mask: Literal["or", "own_adjusted"] = "or"
+    """Rows it learns: where the adjusted or its own prediction is confident, or its own adjusted one."""
+    unlabeled_prior: Literal["labeled", "joint"] = "labeled"
+    """Prior of the pseudo-labels: that of the labeled images, or a running one over labels and pseudo-labels."""
+    prior_momentum: float = 0.999
+    """Of the running prior."""
+    prior_counts: Literal["exact", "drop_last"] = "exact"
+    """Labeled prior from all labeled images, or from the full batches of the first visit."""
+    double_adjustment: bool = False
+    """Whether the balanced head's labeled loss is computed in float64."""
+
+    warmup_epochs: int = 20
+    """Epochs (of `method.epoch_steps`) before mixing, entropy weights and alignment begin."""
+    warmup_balanced: bool = True
+    """Whether the balanced head learns during the warm-up."""
+    feature_order: Literal["correct", "official"] = "correct"
+    """Features of the rows they belong to, or in the scrambled order of the released code."""
+
+
+# What each preset changes. `paper`: spec of the text where it is well defined. `official`: the released snapshot.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "pseudo_label_target": "soft",
+        "mask_source": "linear",
+        "strong_views": 1,
+        "entropy_source": "linear",
+        "mixing_renormalize": False,
+        "alignment_weight": 1.0,
+        "center": "none",
+        "balanced_target": "mixed",
+        "balanced_mask": "own_adjusted",
+        "unlabeled_prior": "joint",
+        "warmup_balanced": False,
+    },
+    "official": {
+        "mixing_ramp": "epoch_per_epoch_steps",
+        "mixing_renormalize": False,
+        "class_weight_start": "one",
+        "prototype_mean": "capacity",
+        "bank_eviction": "official",
+        "bank_decay_every": 50,
+        "bank_decay_scope": "stale",
+        "bank_decay_clock": "epoch",
+        "alignment_temperature": 0.1,
+        "prior_counts": "drop_last",
+        "double_adjustment": True,
+        "warmup_epochs": 6,
+        "feature_order": "official",
+    },
+}
+# The snapshot's own defaults (0.95 and 0, which turns mixing off) and its README (0.7 and 0.4) differ.
+REQUIRED = {"official": ("threshold", "mixing")}
+
+
+def rules(semi: SemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: int) -> list[tuple[bool, str]]:
+    """(holds, message) of everything that must hold in a run of SeMi."""
+
+    def within(
+        key: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+    ) -> tuple[bool, str]:
+        value = getattr(semi, key)
+        holds = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+        brackets = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+        return holds, f"method.semi.{key} must lie in {brackets}; got {value}"
+
+    def positive(key: str) -> tuple[bool, str]:
+        return getattr(semi, key) > 0, f"method.semi.{key} must be positive; got {getattr(semi, key)}"
+
+    def at_least(key: str, low: int) -> tuple[bool, str]:
+        return getattr(semi, key) >= low, f"method.semi.{key} must be at least {low}; got {getattr(semi, key)}"
+
+    scrambled = semi.feature_order == "official"
+    return [
+        within("threshold", 0, 1, open_low=True),
+        within("hardness_scale", 0, 1),
+        within("mixing", 0, 1),
+        *(within(key, 0, 1, open_high=True) for key in ("class_weight_momentum", "center_momentum", "prior_momentum")),
+        within("bank_decay", 0, 1, open_low=True),
+        *(positive(f"{name}temperature") for name in ("", "class_weight_", "prototype_", "alignment_")),
+        positive("alignment_sharpening"),
+        *(at_least(key, 1) for key in ("strong_views", "bank_slots", "bank_decay_every")),
+        *(at_least(key, 0) for key in ("bank_sampling", "warmup_epochs")),
+        *(at_least(f"{name}adjustment", 0) for name in ("", "head_", "pseudo_label_")),
+        at_least("alignment_weight", 0),
+        (
+            1 <= semi.prototype_min_filled <= semi.bank_slots,
+            f"method.semi.prototype_min_filled must lie in [1, {semi.bank_slots}]; got {semi.prototype_min_filled}",
+        ),
+        (
+            semi.warmup_epochs * epoch_steps < steps,
+            "method.semi.warmup_epochs * method.epoch_steps must be below optim.steps; got "
+            f"{semi.warmup_epochs} * {epoch_steps} and {steps}",
+        ),
+        (
+            semi.balanced_head or not semi.bank_sampling,
+            "method.semi.bank_sampling tops up the balanced head's batch; set method.semi.balanced_head, or 0",
+        ),
+        (
+            not scrambled or (unlabeled_ratio == 1 and semi.strong_views == 2),
+            "method.semi.feature_order official needs batch.unlabeled_ratio 1 and method.semi.strong_views 2, as the "
+            f"released code does; got {unlabeled_ratio} and {semi.strong_views}",
+        ),
+        (
+            semi.bank_eviction != "official" or (semi.bank_views == "strong" and not semi.bank_sampling),
+            "method.semi.bank_eviction official goes with bank_views strong and bank_sampling 0",
+        ),
+    ]

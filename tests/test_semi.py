@@ -1,0 +1,380 @@
+"""SeMi's switches: each changes what it names, and the presets are what paper and released code say."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+
+from semi_fast import memory_bank
+from semi_fast.batch import Outputs, RowLayout, Rows
+from semi_fast.cli import parse_config
+from semi_fast.methods import Environment, make_method, released_semi
+from semi_fast.methods.semi import SeMi
+from semi_fast.ops.pseudo_label.reference import mix, prototype_probs
+from semi_fast.schema.config import check
+from semi_fast.schema.method import MethodConfig
+from semi_fast.schema.semi import PRESETS, SemiConfig
+
+from .tiny import ARGUMENTS, config
+
+CPU = torch.device("cpu")
+COUNTS, FIRST_VISIT = (40, 12, 6, 2), (38, 11, 4, 1)
+B, C, WIDTH = 6, 4, 128
+TINY = SemiConfig(
+    threshold=0.5,
+    warmup_epochs=1,
+    bank_slots=6,
+    bank_decay=0.8,
+    bank_decay_every=2,
+    prototype_temperature=5.0,
+    mixing=1.0,
+)  # as many slots as rows of a class come in two steps: rows are driven out
+
+
+def method_of(options: SemiConfig, *, steps: int = 16, seed: int = 0) -> SeMi:
+    method = make_method(MethodConfig(name="semi", epoch_steps=3, semi=options), steps=steps, seed=seed)
+    assert isinstance(method, SeMi)
+    return method
+
+
+def batch(method: SeMi, seed: int) -> tuple[Rows, Outputs]:
+    """Random outputs of a network whose features lie near a centre per class, so that prototypes vote."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = RowLayout(B, B, method.needs.strong_views)
+    rows = Rows(
+        torch.zeros(2 * B, 4, 4, 3, dtype=torch.uint8),
+        torch.arange(2 * B),
+        torch.zeros(2 * B).long(),
+        torch.randint(C, (B,), generator=generator),
+        layout,
+    )
+    heads = {head: torch.randn(WIDTH, C, generator=torch.Generator().manual_seed(7)) / 5 for head in method.needs.heads}
+    features = torch.randn(layout.total, WIDTH, generator=generator).requires_grad_()
+    noise = {head: torch.randn(layout.total, C, generator=generator) for head in ("head", "balanced_head")}
+
+    def classify(x: Tensor) -> dict[str, Tensor]:
+        return {head: x @ weight for head, weight in heads.items()}
+
+    logits = {head: z + noise[head] for head, z in classify(features).items()}
+    return rows, Outputs(features, logits, classify)
+
+
+def environment(dtype: torch.dtype = torch.float32) -> Environment:
+    return Environment(COUNTS, WIDTH, CPU, dtype, FIRST_VISIT)
+
+
+def trajectory(options: SemiConfig, steps: int = 13) -> tuple[list[float], dict[str, Tensor], list[dict[str, float]]]:
+    """(losses, last state, terms) of some steps on the same random batches."""
+    method = method_of(options)
+    state = method.init(environment())
+    losses, terms = [], []
+    for step in range(steps):
+        rows, outputs = batch(method, step)
+        loss = method.loss(state, rows, outputs, torch.tensor(step))
+        method.update(state, loss.pending | loss.totals, torch.tensor(step))
+        losses.append(loss.total.item())
+        terms.append({name: term.item() for name, term in loss.terms.items()})
+    return losses, state, terms
+
+
+DIFFERENT: dict[str, Any] = {
+    "threshold": 0.9, "temperature": 2.0, "pseudo_label_target": "soft", "head_adjustment": 2.0, "strong_views": 1,
+    "hardness_scale": 0.0, "entropy_source": "linear", "mixing": 0.2, "mixing_renormalize": False,
+    "class_weight_temperature": 2.0, "class_weight_momentum": 0.5, "prototype_temperature": 1.0,
+    "prototype_normalize": True, "prototype_min_filled": 3, "bank_slots": 3, "bank_decay": 0.1, "bank_decay_every": 5,
+    "bank_sampling": 8, "alignment_weight": 0.0, "alignment_temperature": 0.3, "alignment_sharpening": 2.0,
+    "center_momentum": 0.1, "balanced_head": False, "adjustment": 1.0, "pseudo_label_adjustment": 1.0,
+    "prior_momentum": 0.5, "warmup_epochs": 2, "double_adjustment": True, "warmup_balanced": False,
+}  # fmt: skip
+NEEDED: dict[str, dict[str, Any]] = {  # what another key must be for the switch to show
+    "class_weight_temperature": {"class_weight_norm": "max"},
+    "mask_source": {"class_weight_norm": "max", "mixing_ramp": "step", "prototype_temperature": 0.5},
+    "class_weight_momentum": {"class_weight_update": "ema"},
+    "prior_momentum": {"unlabeled_prior": "joint"},
+    "class_weight_start": {"mixing_ramp": "step", "warmup_epochs": 0},
+    "prototype_mean": {"bank_slots": 30},
+    "prototype_min_filled": {"threshold": 0.9},
+    "bank_decay_clock": {"bank_decay": 0.5},
+    "bank_decay_scope": {"bank_decay": 0.5},
+}
+
+
+def alternatives() -> list[tuple[str, Any]]:
+    hints = get_type_hints(SemiConfig)
+    found = []
+    for field in fields(SemiConfig):
+        if field.name == "preset":
+            continue
+        values = [v for v in get_args(hints[field.name]) if v != field.default] or [DIFFERENT[field.name]]
+        found += [(field.name, value) for value in values]
+    return found
+
+
+@pytest.mark.parametrize(("key", "value"), alternatives())
+def test_every_switch_changes_the_run_and_keeps_it_finite(key: str, value: Any) -> None:
+    base = replace(TINY, **NEEDED.get(key, {}))
+    losses, state, _ = trajectory(base)
+    other_losses, other_state, _ = trajectory(replace(base, **{key: value}))
+    assert all(torch.tensor(other_losses).isfinite())
+    if key == "class_weight_start":  # 1 for every class mixes more than 1 / C
+        assert losses != other_losses
+        return
+    same_state = state.keys() == other_state.keys() and all(torch.equal(state[k], other_state[k]) for k in state)
+    assert losses != other_losses or (key == "bank_views" and not same_state)
+
+
+def test_presets_are_keys_and_explicit_keys_win() -> None:
+    assert PRESETS["default"] == {}
+    for name in ("paper", "official"):
+        assert SemiConfig(**PRESETS[name]), "every key exists"
+    paper = parse_config(["--method.semi.preset=paper", "--method.semi.alignment_weight=0.3"]).method.semi
+    assert (paper.mask_source, paper.alignment_weight, paper.strong_views) == ("linear", 0.3, 1)
+    with pytest.raises(ValueError, match=r"method\.semi\.threshold must be given with preset official"):
+        parse_config(["--method.semi.preset=official", "--method.semi.mixing=0.4"])
+
+
+def test_a_preset_in_a_file_gives_way_to_keys_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    keys = ("preset: official", "threshold: 0.7", "mixing: 0.4", "bank_decay_every: 7")
+    file.write_text("method:\n  semi:\n    " + "\n    ".join(keys) + "\n")
+    semi = parse_config([f"--config={file}"]).method.semi
+    assert (semi.bank_eviction, semi.bank_decay_every, semi.bank_decay_scope) == ("official", 7, "stale")
+
+
+OFFICIAL = ("--method.semi.preset=official", "--method.semi.threshold=0.7", "--method.semi.mixing=0.4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*OFFICIAL, "--batch.unlabeled_ratio=2"), r"needs batch\.unlabeled_ratio 1 and method\.semi\.strong_views 2"),
+        ((*OFFICIAL, "--method.semi.strong_views=1"), r"needs batch\.unlabeled_ratio 1"),
+        ((*OFFICIAL, "--method.semi.bank_views=weak"), "bank_eviction official goes with bank_views strong"),
+        (("--method.semi.balanced_head=false", "--method.semi.bank_sampling=4"), "tops up the balanced head's batch"),
+        (("--method.semi.prototype_min_filled=200",), r"prototype_min_filled must lie in \[1, 128\]; got 200"),
+        (("--method.semi.class_weight_momentum=1",), r"class_weight_momentum must lie in \[0, 1\); got 1"),
+        (("--method.semi.temperature=0",), r"method\.semi\.temperature must be positive; got 0"),
+        (("--method.semi.warmup_epochs=500",), r"warmup_epochs \* method\.epoch_steps must be below optim\.steps"),
+    ],
+)
+def test_what_cannot_run_is_refused(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(parse_config(["--data.path=x", *flags]))
+
+
+def test_official_refuses_another_width_and_a_class_that_its_pass_misses() -> None:
+    official = replace(SemiConfig(), **PRESETS["official"])
+    with pytest.raises(ValueError, match="needs a network of 128 features"):
+        method_of(official, steps=100).init(Environment(COUNTS, 64, CPU, torch.float32, FIRST_VISIT))
+    with pytest.raises(ValueError, match="drop_last leaves a class without images"):
+        method_of(official, steps=100).init(Environment(COUNTS, 128, CPU, torch.float32, (64, 0, 0, 0)))
+
+
+# Golden value 12 of the specification: mixing by the weight of the predicted class, weights relative to the largest.
+
+
+def test_mixing_by_the_predicted_class_golden() -> None:
+    queries, prototypes = (torch.tensor(x, dtype=torch.float64) for x in ([[0.5, 0.5]], [[0, 0], [1, 0], [0, 2.0]]))
+    vote = prototype_probs(queries, prototypes, torch.ones(3, dtype=torch.bool), 0.5)
+    probs, share = (torch.tensor(x, dtype=torch.float64) for x in ([[0.6, 0.3, 0.1]], [0.5, 0.3, 0.2]))
+    found = mix(probs, vote, 0.2 * share / share.max(), by_predicted=True, renormalize=True)
+    expected = torch.tensor([[0.57199164, 0.33199164, 0.09601673]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=5e-9, rtol=0)
+    column = mix(probs, vote, 0.2 * share, by_predicted=False, renormalize=False)
+    expected = torch.tensor([[0.58599582, 0.30959749, 0.09920335]], dtype=torch.float64)
+    torch.testing.assert_close(column, expected, atol=5e-9, rtol=0)
+
+
+def test_mixing_rises_as_the_ramp_says() -> None:
+    def weights(**options: Any) -> list[float]:
+        method = method_of(replace(TINY, warmup_epochs=0, mixing=0.4, **options), steps=12)
+        state = method.init(environment())
+        return [method.mixing(state, torch.tensor(step))[0].item() * 4 for step in range(7)]
+
+    assert weights() == pytest.approx([0, 0, 0, 0.1, 0.1, 0.1, 0.2])
+    assert weights(mixing_ramp="step") == pytest.approx([0.4 * t / 12 for t in range(7)])
+    assert weights(mixing_ramp="epoch_per_epoch_steps") == pytest.approx([0, 0, 0, 0.4 / 3, 0.4 / 3, 0.4 / 3, 0.8 / 3])
+
+
+def test_the_warm_up_learns_hard_labels_whatever_the_target() -> None:
+    hard, _, _ = trajectory(TINY, steps=3)
+    soft, _, _ = trajectory(replace(TINY, pseudo_label_target="soft"), steps=3)
+    assert hard == pytest.approx(soft, rel=1e-6)
+    _, _, terms = trajectory(replace(TINY, warmup_balanced=False), steps=4)
+    assert [t["balanced_supervised"] for t in terms[:3]] == [0, 0, 0]
+    assert terms[3]["balanced_supervised"] > 0
+
+
+def test_each_ablation_turns_its_part_off() -> None:
+    _, _, base = trajectory(TINY)
+    last = base[-1]
+    _, _, no_alignment = trajectory(replace(TINY, alignment_weight=0.0))
+    assert no_alignment[-1] == last | {"alignment": 0.0}, "nothing else changes"
+    _, _, no_weights = trajectory(replace(TINY, hardness_scale=0.0))
+    assert no_weights[-1]["unlabeled"] > last["unlabeled"], "weights lie below 1"
+    losses, _, no_balance = trajectory(replace(TINY, balanced_head=False))
+    assert no_balance[-1].keys() == {"supervised", "unlabeled", "alignment"}
+    assert method_of(replace(TINY, balanced_head=False)).predicts == "head"
+    assert all(loss > 0 for loss in losses)
+    method = method_of(replace(TINY, mixing=0.0))
+    assert method.mixing(method.init(environment()), torch.tensor(9)).eq(0).all()
+
+
+def test_the_joint_prior_follows_labels_and_pseudo_labels() -> None:
+    options = replace(TINY, unlabeled_prior="joint", prior_momentum=0.75)
+    method = method_of(options)
+    state = method.init(environment())
+    expected = torch.tensor(COUNTS).double() / sum(COUNTS)
+    assert torch.equal(state["prior"], expected)
+    rows, outputs = batch(method, 0)
+    loss = method.loss(state, rows, outputs, torch.tensor(0))
+    method.update(state, loss.pending | loss.totals, torch.tensor(0))
+    kept = loss.pending["pseudo_label"][loss.pending["mask"]]
+    seen = torch.bincount(torch.cat([rows.labels, kept]), minlength=C).double()
+    torch.testing.assert_close(state["prior"], 0.75 * expected + 0.25 * seen / seen.sum())
+
+
+def test_stored_features_top_up_rare_classes() -> None:
+    method = method_of(replace(TINY, bank_sampling=12))
+    state = method.init(environment())
+    for step in range(8):
+        rows, outputs = batch(method, step)
+        loss = method.loss(state, rows, outputs, torch.tensor(step))
+        if step == 0:
+            assert loss.terms["balanced_bank"].item() == 0, "the bank is empty"
+        method.update(state, loss.pending | loss.totals, torch.tensor(step))
+    assert loss.terms["balanced_bank"].item() > 0
+    again = method.loss(state, rows, outputs, torch.tensor(7)).terms["balanced_bank"]
+    assert torch.equal(again, method.loss(state, rows, outputs, torch.tensor(7)).terms["balanced_bank"])
+    other = method_of(replace(TINY, bank_sampling=12), seed=1)
+    assert other.loss(state, rows, outputs, torch.tensor(7)).terms["balanced_bank"].item() != again.item()
+
+
+# The released code.
+
+
+def test_the_scrambled_order_golden() -> None:
+    """Golden value 9, and how many rows still meet their own image: 2 of 128, 1 of 64, and no pair."""
+    layout = RowLayout(64, 64, 2)
+    place = released_semi.scrambled(torch.arange(256.0).unsqueeze(1), layout)[:, 0].long()
+    for a, b in ((0, 0), (5, 3), (63, 2), (17, 1)):
+        assert place[64 * b + a] == 4 * a + b
+    holds = torch.where(place < 64, 64 + place, place % 64)  # which image a place shows, the unlabeled ones first
+    strong = holds[128:]
+    assert (strong == torch.arange(64).repeat(2)).sum() == 2
+    assert (holds[128:192] == torch.arange(64)).sum() == 1
+    assert (holds[64:128].repeat(2) == strong).sum() == 0
+
+
+class Released:
+    """A class of the released bank as sorted lists: the lowest confidence is replaced, the first features dropped."""
+
+    def __init__(self, slots: int):
+        self.rows = [(0.0, 0.0)] * slots  # (confidence, feature), not belonging together
+
+    def push(self, confidence: float, feature: float) -> None:
+        confidences, features = ([row[i] for row in self.rows] for i in (0, 1))
+        if confidence <= confidences[-1]:
+            return
+        confidences[-1], features = confidence, [*features[1:], feature]
+        order = sorted(range(len(confidences)), key=lambda i: -confidences[i])
+        self.rows = [(confidences[i], features[i]) for i in order]
+
+
+def released_bank(slots: int, classes: int) -> dict[str, Tensor]:
+    return memory_bank.empty(classes, slots, 2, device=CPU, dtype=torch.float32)
+
+
+def test_the_released_eviction_equals_a_loop_over_lists() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, models = released_bank(5, 3), [Released(5) for _ in range(3)]
+    for step in range(25):
+        labels = torch.randint(0, 3, (8,), generator=generator)
+        confidences = torch.randint(4, 11, (8,), generator=generator) / 10
+        mask = torch.rand(8, generator=generator) < 0.8
+        features = (step * 8 + torch.arange(8.0) + 1).unsqueeze(1).expand(-1, 2)
+        released_semi.push(bank, features, labels, confidences, mask, torch.tensor(step))
+        for i in range(8):
+            if mask[i]:
+                models[int(labels[i])].push(confidences[i].item(), features[i, 0].item())
+        if step % 3 == 2:
+            memory_bank.decay(bank, torch.tensor(0.9), stale_below=torch.tensor((step - 1) * 8))
+            fresh = bank["bank.inserted"] >= (step - 1) * 8
+            released_semi.sort_by_confidence(bank)
+            assert fresh.any()
+            for k, model in enumerate(models):  # the model's lists go on from the decayed bank
+                pairs = zip(bank["bank.confidences"][k].tolist(), bank["bank.features"][k, :, 0].tolist(), strict=True)
+                model.rows = list(pairs)
+        assert bank["bank.confidences"].diff(dim=1).le(0).all(), "sorted"
+        for k, model in enumerate(models):
+            assert bank["bank.confidences"][k].tolist() == pytest.approx([row[0] for row in model.rows])
+            assert bank["bank.features"][k, :, 0].tolist() == [row[1] for row in model.rows]
+    torch.testing.assert_close(bank["bank.sums"], bank["bank.features"].double().sum(1))
+
+
+def test_the_released_eviction_keeps_zero_rows_and_loses_the_pairing() -> None:
+    """The specification measured 64.8 % zero rows after 128 accepted rows of one class."""
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(6):
+        bank = released_bank(128, 1)
+        confidences = 0.7 + 0.3 * torch.rand(128, generator=generator)
+        features = torch.arange(1.0, 129).unsqueeze(1).expand(-1, 2)
+        one = torch.zeros(128).long(), torch.ones(128).bool()
+        released_semi.push(bank, features, one[0], confidences, one[1], torch.tensor(0))
+        shares.append((bank["bank.features"][0, :, 0] == 0).float().mean().item())
+        own = confidences[bank["bank.features"][0, :, 0].long() - 1]
+        assert (own == bank["bank.confidences"][0]).float().mean() < 0.2
+        assert torch.equal(bank["bank.confidences"][0], confidences.sort(descending=True).values)
+    assert sum(shares) / 6 == pytest.approx(0.648, abs=0.05)
+
+
+def test_stale_slots_decay_by_the_clock_of_the_epoch() -> None:
+    """Epochs of 5 steps, a decay every 2: after steps 1, 3, 6, 8, 11, 13; step 4 belongs to the decay after step 6."""
+    options = replace(TINY, bank_decay=0.5, bank_decay_every=2, bank_decay_scope="stale", bank_decay_clock="epoch")
+    method = make_method(MethodConfig(name="semi", epoch_steps=5, semi=options), steps=20)
+    assert isinstance(method, SeMi)
+    bank = memory_bank.empty(1, 20, 1, device=CPU, dtype=torch.float32)
+    expected: dict[int, float] = {}
+    since: set[int] = set()
+    for step in range(15):
+        one = torch.ones(1, 1), torch.zeros(1).long(), torch.ones(1), torch.ones(1).bool()
+        memory_bank.push(bank, *one, torch.tensor(step))
+        expected[step], since = 1.0, since | {step}
+        method.decay(bank, torch.tensor(step), rows=1)
+        if step in (1, 3, 6, 8, 11, 13):
+            expected = {n: c if n in since else c * 0.5 for n, c in expected.items()}
+            since = set()
+        number = bank["bank.inserted"][0]
+        stored = bank["bank.confidences"][0]
+        assert {int(n): c.item() for n, c in zip(number, stored, strict=True) if n >= 0} == expected
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_presets_train_and_resume(digits: Path, tmp_path: Path, preset: str) -> None:
+    import shutil
+
+    from safetensors.torch import load_file
+
+    from semi_fast.train import run
+
+    given = [f"--method.semi.preset={preset}", "--method.semi.mixing=0.4", "--model.name=wrn_10_2"]
+    given += ["--method.semi.bank_decay_every=2", "--checkpoint.every=4", "--checkpoint.keep=9"]
+    run(config(digits, tmp_path / "a", *given))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "b" / "checkpoints" / f"step_{step:09d}")
+    run(config(digits, tmp_path / "b", *given, resume="auto"))
+    ours, theirs = (load_file(tmp_path / x / "checkpoints/step_000000012/state.safetensors") for x in "ab")
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (ours["method.bank.inserted"] >= 0).any()
+
+
+def test_the_tiny_arguments_set_no_preset() -> None:
+    """Else the tests of the presets would not be of them."""
+    assert not any("preset" in word for word in ARGUMENTS)
