@@ -1,0 +1,169 @@
+"""Time the operations against a plain loop, and count what they launch: `python -m benchmarks.ops --out FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, method_cases, view_cases
+from benchmarks.case import Case, Goal, Operation
+from benchmarks.measure import Spread, Work, quartiles
+from semi_fast.ops.door import has_kernel
+
+CASES: dict[str, Callable[[torch.device], list[Case]]] = {
+    "rand_augment": view_cases.rand_augment,
+    "draw_views": view_cases.draw_views,
+    "bank_push": method_cases.bank_push,
+    "pseudo_label": method_cases.pseudo_label,
+    "masked_cross_entropy": method_cases.masked_cross_entropy,
+    "embedding_align": method_cases.embedding_align,
+}
+KINDS = ("loop", "reference", "compiled", "kernel")
+SPREADS = (
+    *(f"{kind}_us" for kind in KINDS),
+    "reference_captured_us",
+    "kernel_captured_us",
+    "loop_over_ours_ratio",
+    "same_over_same_ratio",
+    "strong_views_per_second",
+)
+COUNTS = ("dispatched_per_call", "views_per_call", "launches_per_call", "waits_per_call")
+UNSTEADY = 0.10
+"""How far the ratio of the same operation to itself may lie from 1 before no verdict is given."""
+
+
+def find_operation(case: Case, device: torch.device) -> dict[str, Operation]:
+    """The operation by kind: what the public function runs here, and on a GPU the reference beside it."""
+    folder = f"semi_fast.ops.{case.operation}"
+    public = getattr(import_module(folder), case.operation)
+    if not (has_kernel(device) and find_spec(f"{folder}.kernel")):
+        return {"reference": public}
+    return {"reference": getattr(import_module(f"{folder}.reference"), case.operation), "kernel": public}
+
+
+def measure_case(case: Case, repeats: int, device: torch.device, compiled: bool) -> dict[str, Any]:
+    """The row of a case, without where it comes from."""
+    operations = find_operation(case, device)
+    ours = "kernel" if "kernel" in operations else "reference"
+    works = {"loop": case.loop} | {kind: case.work(operation) for kind, operation in operations.items()}
+    row: dict[str, Any] = {"operation": case.operation, "shape": case.shape, "ours": ours}
+    row["compile_seconds"] = ""
+    if compiled:
+        works["compiled"] = case.work(torch.compile(operations["reference"], dynamic=False))
+        row["compile_seconds"] = f"{first_call_seconds(works['compiled']):.1f}"
+    seen = [kind for kind in works if kind != "compiled" or device.type == "cuda"]
+    counted = {kind: measure.count(works[kind], device) for kind in seen}
+    works["same"] = case.work(operations[ours])
+    if device.type == "cuda":
+        works |= {f"{kind}_captured": measure.captured(case.work(one)) for kind, one in operations.items()}
+
+    seconds = measure.time_interleaved(works, repeats, device)
+    found = {f"{kind}_us": quartiles([s * 1e6 for s in times]) for kind, times in seconds.items() if kind != "same"}
+    found["loop_over_ours_ratio"] = measure.paired_ratio(seconds["loop"], seconds[ours])
+    found["same_over_same_ratio"] = measure.paired_ratio(seconds["same"], seconds[ours])
+    if case.strong_views:
+        fastest = seconds.get("kernel_captured", seconds[ours])
+        found["strong_views_per_second"] = quartiles([case.strong_views / s for s in fastest])
+    for name in SPREADS:
+        for part in Spread._fields:
+            column = name if part == "median" else f"{name}_{part}"
+            row[column] = digits(getattr(found[name], part)) if name in found else ""
+    for kind in KINDS:
+        values = counted[kind] if kind in counted else (None,) * len(COUNTS)
+        row |= {f"{kind}_{c}": "" if v is None else f"{v:.1f}" for c, v in zip(COUNTS, values, strict=True)}
+    row["goal"], row["verdict"] = judge(case.goals, found, device)
+    row["n"] = repeats
+    return row
+
+
+def digits(value: float) -> str:
+    """At least four digits of a positive number, never as a power of ten."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def first_call_seconds(work: Work) -> float:
+    start = time.perf_counter()
+    work.run()
+    return time.perf_counter() - start
+
+
+def judge(goals: Sequence[Goal], found: dict[str, Spread], device: torch.device) -> tuple[str, str]:
+    """(the goal in words, whether the whole interval meets it); both empty without one for this device."""
+    for goal in goals:
+        if goal.device != device.type or goal.column not in found:
+            continue
+        _, low, high = found[goal.column]
+        words = f"{goal.column} {'>=' if goal.at_least else '<='} {goal.bound:,.15g}"
+        if abs(found["same_over_same_ratio"].median - 1) > UNSTEADY:
+            return words, "inconclusive"
+        met, missed = (
+            (low >= goal.bound, high < goal.bound) if goal.at_least else (high <= goal.bound, low > goal.bound)
+        )
+        return words, "met" if met else "missed" if missed else "undecided"
+    return "", ""
+
+
+def screen(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a terminal: times with the ratio to the loop, counts, and what the goals say."""
+    times = [name for name in SPREADS if any(row[name] for row in rows) and name != "same_over_same_ratio"]
+    counts = [f"{kind}_{c}" for kind in KINDS for c in COUNTS]
+    counts = [name for name in counts if any(row[name] for row in rows)]
+    names = {"loop_over_ours_ratio": "loop/ours", "strong_views_per_second": "strong views/s"}
+    tables = [
+        [["", *(names.get(name, name) for name in times)]],
+        [["per call", *(c[: -len("_per_call")] for c in counts)]],
+    ]
+    lines = []
+    for row in rows:
+        name = f"{row['operation']} {row['shape']}"
+        tables[0].append([name, *(interval(row, column) or "-" for column in times)])
+        tables[1].append([name, *(row[column] or "-" for column in counts)])
+        if row["goal"]:
+            lines.append(f"{row['verdict']}: {row['goal']}, {interval(row, row['goal'].split()[0])}: {name}")
+    return "\n\n".join([*map(measure.aligned, tables), *(["\n".join(lines)] if lines else [])])
+
+
+def interval(row: dict[str, Any], column: str) -> str:
+    return f"{row[column]} ({row[f'{column}_low']}..{row[f'{column}_high']})" if row[column] else ""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
+    parser.add_argument("--out", type=Path, help="the CSV to write")
+    parser.add_argument("--only", choices=CASES, help="one operation instead of all")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--compiled", action="store_true", help="time torch.compile on a CPU too (minutes)")
+    arguments = parser.parse_args(words)
+    if arguments.repeats < 1:
+        parser.error(f"--repeats must be at least 1; got {arguments.repeats}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can use")
+    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.set_num_threads(1)
+
+    origin = measure.provenance(device, measure.command("benchmarks.ops", words))
+    rows = []
+    for name in [arguments.only] if arguments.only else CASES:
+        for case in CASES[name](device):
+            rows.append(measure_case(case, arguments.repeats, device, arguments.compiled or cuda) | origin)
+            print(f"measured {case.name}", file=sys.stderr)
+    print(screen(rows))
+    setting = f"torch {origin['torch']}, {origin['clock']}, n={arguments.repeats}; {origin['spread']}"
+    print(f"{origin['hardware']}, {origin['threads']} thread, {setting}")
+    if arguments.out:
+        measure.write_csv(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()
