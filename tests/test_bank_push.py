@@ -18,11 +18,15 @@ class OneByOne:
         self.rows: list[list[tuple[float, int, float]]] = [[] for _ in range(classes)]
         self.slots = slots
 
-    def push(self, feature: float, label: int, confidence: float, masked_in: bool, number: int) -> None:
+    def push(
+        self, feature: float, label: int, confidence: float, masked_in: bool, number: int, oldest_leaves: bool = False
+    ) -> None:
         rows = self.rows[label]
         if not masked_in or not confidence > 0:
             return
-        if len(rows) == self.slots:
+        if len(rows) == self.slots and oldest_leaves:
+            rows.remove(min(rows, key=lambda row: row[1]))
+        elif len(rows) == self.slots:
             victim = min(rows, key=lambda row: (row[0], -row[1]))  # lowest confidence, of equals the latest
             if not confidence > victim[0]:
                 return
@@ -46,23 +50,27 @@ CONFIDENCES = st.sampled_from([0.0, 0.7, 0.75, 0.9, 0.99, 1.0, float("nan")])
 OFFERS = st.lists(st.tuples(st.integers(0, 2), CONFIDENCES, st.booleans()), min_size=6, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(OFFERS, min_size=1, max_size=25), st.integers(1, 5), st.integers(1, 4))
-def test_equals_the_sequential_rule(steps: list[list[tuple[int, float, bool]]], slots: int, decay_every: int) -> None:
+@settings(max_examples=400, deadline=None)
+@given(st.lists(OFFERS, min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 4), st.booleans())
+def test_equals_the_sequential_rule(
+    steps: list[list[tuple[int, float, bool]]], slots: int, decay_every: int, oldest_leaves: bool
+) -> None:
     bank = memory_bank.empty(3, slots, 2, device=torch.device("cpu"), dtype=torch.float32)
     model = OneByOne(3, slots)
     for step, offers in enumerate(steps):
         labels, confidences, mask = (torch.tensor(list(column)) for column in zip(*offers, strict=True))
         numbers = step * len(offers) + np.arange(len(offers))
         features = torch.from_numpy(numbers).float().unsqueeze(1).repeat(1, 2) + 0.5
-        memory_bank.push(bank, features, labels, confidences, mask, torch.tensor(step))
+        memory_bank.push(bank, features, labels, confidences, mask, torch.tensor(step), oldest_leaves=oldest_leaves)
         for i, (label, confidence, masked_in) in enumerate(offers):
-            model.push(float(numbers[i]) + 0.5, label, float(np.float32(confidence)), masked_in, int(numbers[i]))
+            row = float(numbers[i]) + 0.5, label, float(np.float32(confidence)), masked_in, int(numbers[i])
+            model.push(*row, oldest_leaves)
         if (step + 1) % decay_every == 0:
             memory_bank.decay(bank, torch.tensor(0.9))
             model.decay(0.9)
     assert content(bank) == [sorted(rows) for rows in model.rows]
     assert torch.equal(bank["bank.features"][..., 0], bank["bank.features"][..., 1]), "a slot holds one row"
+    assert torch.equal(bank["bank.sums"], bank["bank.features"].double().sum(1)), "small whole halves add up exactly"
 
 
 @pytest.mark.parametrize("classes", [2, 10, 127])

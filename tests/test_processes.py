@@ -65,6 +65,18 @@ def test_two_processes_equal_one(one: Path, digits: Path, tmp_path: Path) -> Non
             assert a["heads"] == b["heads"]
 
 
+def test_the_switches_that_speak_across_processes_too(digits: Path, tmp_path: Path) -> None:
+    """Totals over the batch, the running prior, and features drawn from the bank."""
+    semi = "unlabeled_prior=joint bank_sampling=6 center=feature_ema class_weight_update=ema prior_momentum=0.9"
+    switches = [f"--method.semi.{switch}" for switch in semi.split()]
+    for launch, name in ((SINGLE, "one"), (LAUNCH, "two")):
+        done = train(launch, digits, tmp_path / name, *switches)
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (outcome(tmp_path / name)[0] for name in ("one", "two"))
+    assert greatest_difference(ours, theirs) < 1e-11
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if not ours[name].is_floating_point())
+
+
 def test_the_comparison_notices_local_normalisation(one: Path, digits: Path, tmp_path: Path) -> None:
     done = train(LAUNCH, digits, tmp_path / "two", "--model.bn=local")
     assert done.returncode == 0, done.stderr

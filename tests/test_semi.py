@@ -18,7 +18,7 @@ from semi_fast.methods.semi import SeMi
 from semi_fast.ops.pseudo_label.reference import mix, prototype_probs
 from semi_fast.schema.config import check
 from semi_fast.schema.method import MethodConfig
-from semi_fast.schema.semi import PRESETS, SemiConfig
+from semi_fast.schema.semi import PRESETS, REQUIRED, SemiConfig
 
 from .tiny import ARGUMENTS, config
 
@@ -375,6 +375,45 @@ def test_presets_train_and_resume(digits: Path, tmp_path: Path, preset: str) -> 
     assert (ours["method.bank.inserted"] >= 0).any()
 
 
+def test_official_runs_in_one_process(digits: Path) -> None:
+    from types import SimpleNamespace
+
+    from semi_fast.data_prep.long_tail import split_for
+    from semi_fast.manifest import load_manifest, seal_split
+    from semi_fast.train import divided
+
+    tiny = config(digits, None, *OFFICIAL)
+    split = seal_split(split_for(load_manifest(digits), "x", tiny.split))
+    needs = make_method(tiny.method, steps=9000).needs
+    two: Any = SimpleNamespace(num_processes=2, process_index=0)
+    with pytest.raises(ValueError, match="runs in one process"):
+        divided(tiny, split, needs, two)
+
+
 def test_the_tiny_arguments_set_no_preset() -> None:
     """Else the tests of the presets would not be of them."""
     assert not any("preset" in word for word in ARGUMENTS)
+
+
+def test_the_table_of_the_documentation_is_the_schema() -> None:
+    """Every key with its default and what the presets make of it."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    table = text[text.index("| `method.semi.` |") :].split("\n\n")[0].splitlines()[2:]
+    found = {}
+    for line in table:
+        key, _, _, *values = (cell.strip() for cell in line.strip("|").split("|"))
+        found[key.strip("`")] = values[:3]
+    expected = {}
+    for field in fields(SemiConfig):
+        presets = [shown(PRESETS[p][field.name]) if field.name in PRESETS[p] else "" for p in ("paper", "official")]
+        if field.name in REQUIRED["official"]:
+            presets[1] = "must be given"
+        expected[field.name] = [shown(field.default), *presets]
+    del expected["preset"]
+    assert found == expected

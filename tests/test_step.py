@@ -15,17 +15,22 @@ from semi_fast.batch import RowLayout, Rows
 from semi_fast.ema import WeightAverage
 from semi_fast.methods import Environment, make_method
 from semi_fast.models import make_classifier
+from semi_fast.ops import door
 from semi_fast.ops.rand_augment.reference import affine_table
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.schema.data import AugmentConfig
 from semi_fast.schema.method import MethodConfig, SemiConfig
 from semi_fast.schema.model import EmaConfig, ModelConfig, OptimConfig
+from semi_fast.schema.semi import PRESETS
 from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 
+COUNTS = (9, 8, 7, 6, 5, 4, 3, 2, 1, 1)
 METHODS = {
     "supervised": MethodConfig(name="supervised", plugins=("la",)),
     "fixmatch": MethodConfig(name="fixmatch", plugins=("la",)),
     "semi": MethodConfig(name="semi", epoch_steps=2, semi=SemiConfig(warmup_epochs=0, bank_slots=4)),
+    "paper": MethodConfig(name="semi", semi=SemiConfig(**PRESETS["paper"], bank_slots=4, bank_sampling=3)),
+    "official": MethodConfig(name="semi", semi=SemiConfig(**PRESETS["official"], bank_slots=4)),
 }
 
 
@@ -33,7 +38,7 @@ def program(options: MethodConfig, device: torch.device) -> tuple[TrainStep, Cal
     method = make_method(options, steps=20)
     needs = method.needs
     with device:
-        model, twin = (make_classifier(ModelConfig(name="wrn_10_1"), 10, needs.heads, (32, 32)) for _ in range(2))
+        model, twin = (make_classifier(ModelConfig(name="wrn_10_2"), 10, needs.heads, (32, 32)) for _ in range(2))
     with patch("semi_fast.ema.copy.deepcopy", return_value=twin):  # which copies the fake mode too
         average = WeightAverage(model)
     state = TrainState(
@@ -41,7 +46,7 @@ def program(options: MethodConfig, device: torch.device) -> tuple[TrainStep, Cal
         average=average,
         optimizer=make_optimizer(model, OptimConfig(steps=20), device),
         scaler=torch.amp.GradScaler(device.type, enabled=False),
-        method=method.init(Environment((9, 8, 7, 6, 5, 4, 3, 2, 1, 1), model.features, device, torch.float32)),
+        method=method.init(Environment(COUNTS, model.features, device, torch.float32, COUNTS)),
         step=torch.zeros((), dtype=torch.int64, device=device),
         bad_step=torch.full((), NEVER, dtype=torch.int64, device=device),
     )
@@ -100,9 +105,14 @@ def given_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("given_gradients")
+@pytest.mark.parametrize("obstacle", ["", "Triton is not installed"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_never_waits_for_the_device(name: str) -> None:
-    """Fake CUDA tensors raise on .item(), .tolist(), boolean indexing, nonzero and bincount; no GPU is needed."""
+def test_a_step_never_waits_for_the_device(name: str, obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake CUDA tensors raise on .item(), .tolist(), boolean indexing, nonzero and bincount; no GPU is needed.
+
+    With the kernels as the opaque operations that they are registered as, and with their references in their place.
+    """
+    monkeypatch.setattr(door, "OBSTACLE", obstacle)
     with FakeTensorMode():
         step, rows = program(METHODS[name], torch.device("cuda"))
         for _ in range(2):
