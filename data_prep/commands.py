@@ -68,6 +68,7 @@ def split(
     rule: str = "semi",
     validation_per_class: int = 0,
     seed: int = 0,
+    labeled_fraction: float | None = None,
 ) -> None:
     """`semi-fast split DATA --name NAME ...`: writes DATA/splits/NAME.json, never over another split."""
     if not _is_plain(name):
@@ -84,6 +85,7 @@ def split(
         rule=rule,  # type: ignore[arg-type]
         validation_per_class=validation_per_class,
         seed=seed,
+        labeled_fraction=labeled_fraction,
     )
     path = manifest.root / "splits" / f"{name}.json"
     saved = save_split(make_split(manifest, name, config), path)

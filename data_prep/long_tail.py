@@ -60,8 +60,9 @@ def make_split(manifest: Manifest, name: str, config: SplitConfig) -> Split:
     """Cut a split by `config` (its `file` is not looked at); ids class by class, in the rule's order within.
 
     Per class, in that order: the last `validation_per_class` rows are held out, the first N_k are labeled, the next M_k
-    unlabeled; N_k or M_k without a maximum is whatever remains. With `labeled_in_unlabeled` the labeled rows come
-    before the M_k in the unlabeled set. `unlabeled_max=0` keeps all train rows out of the unlabeled set, labeled ones
+    unlabeled; N_k or M_k without a maximum is whatever remains. `labeled_fraction` makes N_k that share of what is not
+    held out, rounded half to even. With `labeled_in_unlabeled` the labeled rows come before the M_k in the unlabeled
+    set. `unlabeled_max=0` keeps all train rows out of the unlabeled set, labeled ones
     too. The manifest's unlabeled part, where there is one, is always added whole (STL-10: semi with unlabeled_max=0).
     """
     _check(config)
@@ -69,11 +70,7 @@ def make_split(manifest: Manifest, name: str, config: SplitConfig) -> Split:
     order = _class_orders(labels, num_classes, rule, config.seed)
     held = config.validation_per_class
     available = [len(rows) - held for rows in order]
-    labeled_counts = (
-        available
-        if config.labeled_max is None
-        else class_counts(config.labeled_max, num_classes, config.imbalance_labeled)
-    )
+    labeled_counts = _labeled_counts(config, available)
     unlabeled_counts = (
         [a - n for a, n in zip(available, labeled_counts, strict=True)]
         if config.unlabeled_max is None
@@ -91,7 +88,7 @@ def make_split(manifest: Manifest, name: str, config: SplitConfig) -> Split:
     if config.unlabeled_max != 0 and len(unlabeled) == 0:
         raise ValueError(
             f"split.rule={config.rule} keeps labeled images out of the unlabeled set, and no other is left; set "
-            "split.labeled_max, use split.rule=semi, or split.unlabeled_max=0 for supervised training alone"
+            f"split.{_labeled_key(config)}, use split.rule=semi, or split.unlabeled_max=0 for supervised training alone"
         )
     counts = true_counts(manifest, labeled, unlabeled)
     return Split(
@@ -108,8 +105,14 @@ def make_split(manifest: Manifest, name: str, config: SplitConfig) -> Split:
 
 
 def _parameters(config: SplitConfig) -> dict[str, Any]:
-    """Every key but `file`; 100 and 100.0 from a flag and a YAML file give one digest."""
+    """Every key but `file`; 100 and 100.0 from a flag and a YAML file give one digest.
+
+    `labeled_fraction` is left out where it is not given, so that splits without it keep the digest that they had
+    before there was such a key.
+    """
     parameters = {key: value for key, value in asdict(config).items() if key != "file"}
+    if config.labeled_fraction is None:
+        del parameters["labeled_fraction"]
     return parameters | {key: float(parameters[key]) for key in ("imbalance_labeled", "imbalance_unlabeled")}
 
 
@@ -121,12 +124,25 @@ def _class_orders(labels: np.ndarray, num_classes: int, rule: Rule, seed: int) -
     return [philox.shuffled(rows, seed, philox.SPLIT, 0) for rows in orders]
 
 
+def _labeled_counts(config: SplitConfig, available: list[int]) -> list[int]:
+    if config.labeled_fraction is not None:
+        return [round(config.labeled_fraction * n) for n in available]  # round() takes halves to even
+    if config.labeled_max is None:
+        return available
+    return class_counts(config.labeled_max, len(available), config.imbalance_labeled)
+
+
 def _unlabeled_counts(config: SplitConfig, num_classes: int) -> list[int]:
     assert config.unlabeled_max is not None
     if config.unlabeled_shape == "uniform":
         return [config.unlabeled_max] * num_classes
     counts = class_counts(config.unlabeled_max, num_classes, config.imbalance_unlabeled)
     return counts[::-1] if config.unlabeled_shape == "reversed" else counts
+
+
+def _labeled_key(config: SplitConfig) -> str:
+    """The key that decides how many images are labeled."""
+    return "labeled_max" if config.labeled_fraction is None else "labeled_fraction"
 
 
 def _join(rows: list[np.ndarray]) -> np.ndarray:
@@ -144,6 +160,14 @@ def _check(config: SplitConfig) -> None:
             raise ValueError(f"split.{key} must be at least {lowest}; got {value}")
     if config.seed >= 2**64:
         raise ValueError(f"split.seed must be below 2**64; got {config.seed}")
+    fraction = config.labeled_fraction
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"split.labeled_fraction must lie in (0, 1]; got {fraction}")
+    if fraction is not None and config.labeled_max is not None:
+        raise ValueError(
+            f"split.labeled_fraction and split.labeled_max both say how many images are labeled; got {fraction} and "
+            f"{config.labeled_max}: set one of them to null"
+        )
     for key, maximum in (("imbalance_labeled", "labeled_max"), ("imbalance_unlabeled", "unlabeled_max")):
         ratio = getattr(config, key)
         if not 1 <= ratio < math.inf:
@@ -159,13 +183,17 @@ def _check_available(
 ) -> None:
     for name, n, m, a in zip(manifest.class_names, labeled, unlabeled, available, strict=True):
         if n <= 0 and a > 0:
-            raise ValueError(
-                f"every class needs a labeled image; {name!r} gets {n} of {a}: raise split.labeled_max "
-                f"(now {config.labeled_max}) or lower split.imbalance_labeled (now {config.imbalance_labeled})"
+            way_out = (
+                f"raise split.labeled_max (now {config.labeled_max}) or lower split.imbalance_labeled "
+                f"(now {config.imbalance_labeled})"
+                if config.labeled_fraction is None
+                else f"raise split.labeled_fraction (now {config.labeled_fraction})"
             )
+            raise ValueError(f"every class needs a labeled image; {name!r} gets {n} of {a}: {way_out}")
         if a <= 0 or n > a or n + m > a:
             held = config.validation_per_class
             raise ValueError(
                 f"class {name!r} has {a + held} train images, but {max(n, 0)} labeled + {max(m, 0)} unlabeled + {held} "
-                "held out are asked for; lower split.labeled_max, split.unlabeled_max or split.validation_per_class"
+                f"held out are asked for; lower split.{_labeled_key(config)}, split.unlabeled_max or "
+                "split.validation_per_class"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -232,6 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point: expected failures are one line and exit code 2 (the user's to mend) or 3 (the machine's)."""
     try:
         return run_command(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except EXPECTED as error:
         print(one_line(error), file=sys.stderr)
         return exit_code(error)

@@ -19,8 +19,9 @@ RUN_KEYS = ("batch.", "augment.", "model.", "method.", "optim.", "ema.", "eval.e
 def protocol(config: Config, manifest: Manifest) -> str:
     """What must be equal for two results to be comparable, in one line."""
     s, b = config.split, config.batch
+    labeled = f"N1={s.labeled_max}" if s.labeled_fraction is None else f"{s.labeled_fraction:g} of each class labeled"
     split = f"split file {s.file}" if s.file else (
-        f"rule {s.rule} N1={s.labeled_max} M1={s.unlabeled_max} gamma_l={s.imbalance_labeled:g} "
+        f"rule {s.rule} {labeled} M1={s.unlabeled_max} gamma_l={s.imbalance_labeled:g} "
         f"gamma_u={s.imbalance_unlabeled:g} {s.unlabeled_shape} split seed {s.seed}"
     )  # fmt: skip
     return (

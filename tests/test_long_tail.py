@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semi_fast import philox
+from semi_fast.data_prep import long_tail
 from semi_fast.data_prep.long_tail import RULES, class_counts, make_split, split_for
 from semi_fast.manifest import Manifest, check_split, save_split
 from semi_fast.schema.split import SplitConfig
+from tests.conftest import SHARED
 from tests.synthetic_data import write_prepared
 
 TRAIN = (40, 35, 50, 38)
@@ -212,6 +215,22 @@ def test_the_unlabeled_part_is_always_added_whole(with_unlabeled: Manifest) -> N
             SplitConfig(labeled_max=5, unlabeled_shape="reversed"),
             r"unlabeled_shape=reversed needs split\.unlabeled_max",
         ),
+        (SplitConfig(labeled_fraction=0.0), r"split\.labeled_fraction must lie in \(0, 1\]; got 0"),
+        (SplitConfig(labeled_fraction=1.01), r"split\.labeled_fraction must lie in \(0, 1\]; got 1.01"),
+        (SplitConfig(labeled_fraction=float("nan")), r"split\.labeled_fraction must lie in .*; got nan"),
+        (SplitConfig(labeled_fraction=0.1, labeled_max=5), r"both say .*; got 0.1 and 5: set one of them to null"),
+        (
+            SplitConfig(labeled_fraction=0.1, imbalance_labeled=2),
+            r"split\.imbalance_labeled=2 needs split\.labeled_max",
+        ),
+        (
+            SplitConfig(labeled_fraction=0.0125),
+            r"'class_0' gets 0 of 40: raise split\.labeled_fraction \(now 0.0125\)",
+        ),
+        (
+            SplitConfig(labeled_fraction=0.5, unlabeled_max=18),
+            r"'class_1' has 35 .* 18 labeled \+ 18 .* lower split\.labeled_fraction, split\.unlabeled_max",
+        ),
         (SplitConfig(rule="other"), r"split\.rule must be one of semi, cossl, daso, usb; got 'other'"),  # type: ignore[arg-type]
         (SplitConfig(unlabeled_shape="odd"), r"split\.unlabeled_shape must be one of"),  # type: ignore[arg-type]
     ],
@@ -225,6 +244,64 @@ def test_what_cannot_be_cut_is_refused_in_one_line(manifest: Manifest, config: S
 def test_the_largest_possible_request_is_granted(manifest: Manifest) -> None:
     split = make_split(manifest, "x", SplitConfig(labeled_max=20, unlabeled_max=14, validation_per_class=1))
     assert split.unlabeled_counts == (14,) * 4
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("fraction", "held"), [(0.1, 0), (0.5, 0), (0.5, 3), (1.0, 2), (0.25, 1)])
+def test_a_fraction_of_each_class_is_labeled_and_the_rest_is_unlabeled(
+    manifest: Manifest, rule, fraction: float, held: int
+) -> None:  # fmt: skip
+    config = SplitConfig(rule=rule, labeled_fraction=fraction, validation_per_class=held, seed=2)
+    if fraction == 1 and not RULES[rule].labeled_in_unlabeled:
+        with pytest.raises(ValueError, match=r"split\.labeled_fraction, use split\.rule=semi"):
+            make_split(manifest, "x", config)
+        return
+    split = make_split(manifest, "x", config)
+    expected = [round(fraction * (n - held)) for n in TRAIN]
+    assert split.labeled_counts == tuple(expected)
+    assert split.unlabeled_counts == tuple(n - held - k for n, k in zip(TRAIN, expected, strict=True))
+    copies = sum(expected) if RULES[rule].labeled_in_unlabeled else 0
+    assert len(split.unlabeled) == sum(TRAIN) - 4 * held - sum(expected) + copies
+    assert len(split.validation) == 4 * held
+    check_split(split, manifest)
+    again = make_split(manifest, "x", SplitConfig(**split.parameters))
+    assert split.parameters["labeled_fraction"] == fraction
+    assert np.array_equal(again.labeled, split.labeled)
+
+
+def test_a_fraction_takes_the_first_rows_and_rounds_halves_to_even(tmp_path: Path) -> None:
+    sizes = (5, 15, 25, 35, 9, 11)
+    manifest = write_prepared(tmp_path / "data", sizes, (1,) * 6)
+    split = make_split(manifest, "x", SplitConfig(labeled_fraction=0.5))
+    assert split.labeled_counts == (2, 8, 12, 18, 4, 6), "of 2.5, 7.5, 12.5, 17.5, 4.5 and 5.5"
+    rows = [np.flatnonzero(manifest.labels("train") == k) for k in range(6)]
+    first = [r[:n] for r, n in zip(rows, split.labeled_counts, strict=True)]
+    assert split.labeled.tolist() == np.concatenate(first).tolist()
+    assert split.unlabeled.tolist() == np.concatenate(rows).tolist(), "and everything is unlabeled"
+
+
+def test_a_fraction_goes_with_a_maximum_of_unlabeled_images(manifest: Manifest, with_unlabeled: Manifest) -> None:
+    config = SplitConfig(labeled_fraction=0.1, unlabeled_max=20, imbalance_unlabeled=4, unlabeled_shape="reversed")
+    split = make_split(manifest, "x", config)
+    assert (split.labeled_counts, split.unlabeled_counts) == ((4, 4, 5, 4), (5, 7, 12, 20))
+    none = make_split(with_unlabeled, "x", SplitConfig(labeled_fraction=0.1, unlabeled_max=0))
+    assert none.unlabeled.tolist() == list(range(sum(TRAIN), sum(TRAIN) + 17))
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "imagenet127.json").exists(), reason="class sizes are not beside it")
+def test_a_tenth_of_imagenet127_is_the_published_number() -> None:
+    """SeMi's protocol: 128,118 of 1,281,167 images."""
+    content = json.loads((SHARED / "data" / "imagenet127.json").read_text(encoding="utf-8"))
+    sizes = np.zeros(127, np.int64)
+    for synset, count in content["synset_train_count"].items():
+        sizes[content["synset_to_class"][synset]] += count
+    labeled = long_tail._labeled_counts(SplitConfig(labeled_fraction=0.1), sizes.tolist())
+    assert (sizes.sum(), sum(labeled)) == (1_281_167, 128_118)
+
+
+def test_a_split_without_a_fraction_does_not_name_it(manifest: Manifest) -> None:
+    """So its digest is that of a split made before there was such a key."""
+    assert "labeled_fraction" not in make_split(manifest, "x", SplitConfig(labeled_max=4)).parameters
 
 
 def test_a_whole_number_and_its_float_make_one_split(manifest: Manifest, tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ class AugmentConfig:
     flip: bool = True
     """Mirror left and right with probability 1/2; no for digits and text."""
     pad: int | None = None
-    """Pixels of reflect padding before the random crop; empty: an eighth of the shorter side."""
+    """Pixels of padding before the random crop; empty: an eighth of the shorter side."""
+    labeled_padding: Literal["reflect", "zero"] = "reflect"
+    """What the padding of labeled images shows: `zero` is black (ImageNet-127); other views are always reflected."""
     cutout: int = 16
     """Side of the cutout box of the strong views, in pixels; 0 for none."""
     operations: int = 2

@@ -11,7 +11,7 @@ class ModelConfig:
     """The network under the classifiers."""
 
     name: str = "wrn_28_2"
-    """A model of ours (wrn_28_2, wrn_28_8, wrn_16_2, wrn_10_2, wrn_10_1) or any timm model."""
+    """A model of ours (wrn_28_2, wrn_28_8, wrn_16_2, wrn_10_2, wrn_10_1, resnet50_cifar) or any timm model."""
     bn_momentum: float | None = 0.001
     """Momentum of the batch-normalisation statistics, in torch's convention; empty: the model's own."""
     bn: Literal["sync", "local"] = "sync"

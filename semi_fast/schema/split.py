@@ -28,3 +28,6 @@ class SplitConfig:
     """Rows of each class held out of both sets, for the choice of a checkpoint."""
     seed: int = 0
     """Key of the shuffle within each class, where the rule shuffles."""
+    labeled_fraction: float | None = None
+    """Labeled share of the images of every class that are not held out, rounded half to even (ImageNet-127: 0.1);
+    instead of labeled_max."""

@@ -17,6 +17,8 @@ from semi_fast.ops.masked_cross_entropy import reference as entropy_reference
 from tests.conftest import DEVICE
 from tests.offline import compile_offline
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of NaN rows
+
 # A gradient in half precision is rounded to it twice: when it is made, and times the upstream gradient. Triton's
 # interpreter cuts bfloat16 off instead, which costs twice as much.
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 3 * 2**-8, torch.float16: 2 * 2**-11}

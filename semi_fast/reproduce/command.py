@@ -1,0 +1,201 @@
+"""Runs a cell of the paper's tables, one seed after the other, and prints it beside the paper's value."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from semi_fast.data_prep.long_tail import split_for
+from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
+from semi_fast.report.compare import Table
+from semi_fast.reproduce.cells import Cell, find
+from semi_fast.reproduce.compare import against_paper, mean_of, verdict
+from semi_fast.schema.config import Config, check, identity, leaves
+from semi_fast.sealed_json import read_json
+
+OWNED = {
+    "seed": "--seeds",
+    "run_dir": "--out",
+    "data.path": "--data",
+    "optim.steps": "--steps",
+}
+EVALUATIONS, APART = 60, 50
+"""Of a shortened run, so that the twenty that are averaged are its last third; but no fewer steps apart."""
+
+
+def reproduce(
+    name: str,
+    *,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    data: str | None = None,
+    out: str | None = None,
+    flags: Sequence[str] = (),
+) -> Path:
+    """Train the cell `name` with every seed, print the comparison; returns the path of `reproduce.json`.
+
+    Seed K goes to OUT/seed_K. A finished run there is taken as it is, an unfinished one is resumed. `flags` are further
+    keys, `--key=value`; whatever they change is said beside the result.
+    Raises ValueError for a cell, a flag or data that do not fit, and for a run in OUT that is another one.
+    """
+    from semi_fast.runlog import write_json
+    from semi_fast.train import run
+
+    cell = find(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "reproduce is one process; train each seed with accelerate launch -m semi_fast.train --config "
+            f"configs/paper/{name}.yaml --seed K --run_dir OUT/seed_K, then reproduce --out OUT collects them"
+        )
+    published, config, short = configured(cell, steps=steps, data=data, flags=flags)
+    manifest = prepared(cell, Path(config.data.path))
+    split_sha256 = seal_split(split_for(manifest, "run", config.split)).sha256
+    root = Path(out) if out else Path("runs", "paper", name if steps is None else f"{name}_{steps}_steps")
+    configs = {seed: replace(config, seed=seed, run_dir=str(root / f"seed_{seed}"), resume="auto") for seed in seeds}
+    for one in configs.values():
+        check(one)
+    done = {seed: finished(one, split_sha256) for seed, one in configs.items()}
+    summaries = []
+    for seed, one in configs.items():
+        summary = done[seed]
+        print(f"{name}, seed {seed}: {one.run_dir}" + ("" if summary is None else " is finished, and taken as it is"))
+        summaries.append(run(one) if summary is None else summary)
+        print()
+    result = against_paper(cell, summaries)
+    comparable, remarks = verdict(cell, published, config, short=short, runs=len(seeds))
+    print(f"{cell.title} ({cell.source}: {name})\n\n{result.text()}")
+    print(f"protocol: {protocol(summaries[0])}")
+    for line in (*remarks, *(f"caveat: {caveat}" for caveat in cell.caveats)):
+        print(line)
+    path = root / "reproduce.json"
+    write_json(path, document(cell, result, remarks, summaries, comparable=comparable))
+    print(f"written: {path}")
+    return path
+
+
+def configured(
+    cell: Cell, *, steps: int | None, data: str | None, flags: Sequence[str]
+) -> tuple[Config, Config, dict[str, int]]:
+    """(the cell as published, the cell as asked for, those of its keys that follow from the number of steps)."""
+    from semi_fast.cli import parse_config
+
+    for flag in flags:
+        key = flag[2:].partition("=")[0]
+        if key in OWNED:
+            raise ValueError(f"--{key} is set by reproduce; use {OWNED[key]}")
+        if key == "resume":
+            raise ValueError("--resume is set by reproduce, which goes on with what is in --out; leave it out")
+    where = [] if data is None else [f"--data.path={data}"]
+    published = parse_config([f"--config={cell.file}", *where])
+    config = parse_config([f"--config={cell.file}", *where, *flags])
+    short: dict[str, int] = {}
+    if steps is not None:
+        whole = config.optim.steps
+        if not 1 <= steps <= whole:
+            raise ValueError(f"--steps must lie in 1..{whole}, the cell's own; got {steps}")
+        given = {flag[2:].partition("=")[0] for flag in flags}
+        short = {key: value for key, value in shortened(config, steps).items() if key not in given}
+        fitted = [f"--{key}={value}" for key, value in short.items()]
+        config = parse_config([f"--config={cell.file}", *where, *fitted, *flags])
+    return published, config, short
+
+
+def shortened(config: Config, steps: int) -> dict[str, int]:
+    """What must change for a run of `steps`: schedules keep their share of the run, and evaluations fit into it.
+
+    The number of epochs stays, so that mixing and warm-up cover the same share; with less than a step for each, an
+    epoch is one step and the warm-up has fewer. Learning rate and mixing follow from `optim.steps`. Everything else
+    stays, the averages of weights and statistics too, whose span is about 1,000 steps.
+    """
+    if steps == config.optim.steps:
+        return {}
+    short = {"optim.steps": steps, "eval.every": min(config.eval.every, steps, max(APART, steps // EVALUATIONS))}
+    if config.method.name == "semi":
+        epochs = config.optim.steps // config.method.epoch_steps
+        short["method.epoch_steps"] = max(1, steps // epochs)
+        short["method.semi.warmup_epochs"] = config.method.semi.warmup_epochs * min(steps, epochs) // epochs
+    return short
+
+
+def prepared(cell: Cell, root: Path) -> Manifest:
+    """The prepared data set of the cell; ValueError with the command that makes it if it is not there."""
+    data = cell.data
+    if not (root / MANIFEST_FILE).is_file():
+        if data.prepare is None:
+            raise ValueError(
+                f"{root} holds no prepared data set, and this version cannot prepare {data.dataset}; "
+                "semi-fast reproduce --list shows the cells on other data"
+            )
+        raise ValueError(
+            f"{root} holds no prepared data set; make it from RAW, the published archive unpacked: "
+            f"{data.prepare} {shlex.quote(str(root))}"
+        )
+    manifest = load_manifest(root)
+    found = manifest.dataset, manifest.num_classes, manifest.resolution
+    if found != (data.dataset, data.classes, (data.resolution, data.resolution)):
+        raise ValueError(
+            f"--data must hold {data.dataset}, {data.classes} classes at {data.resolution}x{data.resolution}; {root} "
+            f"holds {found[0]}, {found[1]} classes at {found[2][0]}x{found[2][1]}: name another directory"
+        )
+    return manifest
+
+
+def finished(config: Config, split_sha256: str) -> dict[str, Any] | None:
+    """The summary of the finished run in `run_dir`, None if none is finished there.
+
+    Raises ValueError if it is a run of another configuration, or on another split or other data.
+    """
+    from semi_fast.cli import parse_config
+
+    run_dir = Path(config.run_dir or "")
+    if not (run_dir / "summary.json").is_file():
+        return None
+    summary = read_json(run_dir / "summary.json")
+    if summary.get("status") != "finished":
+        return None
+    mine, its = leaves(identity(config)), leaves(identity(parse_config([f"--config={run_dir / 'config.yaml'}"])))
+    for key in mine:
+        if mine[key] != its[key] and (key, mine[key]) != ("precision", "auto"):
+            raise ValueError(
+                f"{run_dir} is a finished run of another configuration: {key} is {its[key]} there, {mine[key]} here; "
+                "choose another --out"
+            )
+    if summary["split_sha256"] != split_sha256:
+        raise ValueError(f"{run_dir} is a finished run on other data or another split; choose another --out")
+    return summary
+
+
+def protocol(summary: dict[str, Any]) -> str:
+    """What was measured, and how, in one line."""
+    return (
+        f"{summary['protocol']}; {summary['predicts']} of the averaged weights on the test set, "
+        f"{mean_of(summary['averaged'])}; ± is the sample standard deviation over seeds"
+    )
+
+
+def document(
+    cell: Cell,
+    result: Table,
+    remarks: Sequence[str],
+    summaries: Sequence[dict[str, Any]],
+    *,
+    comparable: bool,
+) -> dict[str, Any]:
+    """What `reproduce.json` holds."""
+    kept = ("seed", "predicts", "averaged", "top1_last20", "balanced_accuracy_last20", "top1_final", "best", "steps",
+            "seconds", "precision", "hardware", "commit", "versions", "split_sha256", "manifest_sha256")  # fmt: skip
+    return {
+        "cell": cell.name,
+        "title": cell.title,
+        "paper": {"source": cell.source, "mean": cell.paper.mean, "std": cell.paper.std, "metric": cell.metric},
+        "table": [dict(zip((key for key, _, _ in result.columns), row, strict=True)) for row in result.rows],
+        "comparable": comparable,
+        "remarks": list(remarks),
+        "caveats": list(cell.caveats),
+        "protocol": protocol(summaries[0]),
+        "runs": [{"run_dir": f"seed_{one['seed']}"} | {key: one[key] for key in kept} for one in summaries],
+    }
