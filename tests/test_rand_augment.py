@@ -114,6 +114,41 @@ def cutout_by_rule(image: np.ndarray, centre: tuple[float, float], size: int) ->
     return np.asarray(picture)
 
 
+def test_zero_padding_is_a_crop_of_the_black_padded_image_then_a_flip(natural_images: np.ndarray) -> None:
+    """The published order for the labeled images of ImageNet-127; the corner is mirrored with the image."""
+    rng, n, pad = np.random.default_rng(5), 12, 8
+    flip, crop = rng.integers(0, 2, n), rng.integers(0, 2 * pad + 1, (n, 2))
+    none = torch.zeros(4, 0, dtype=torch.int64)
+    parameters = ViewParameters(
+        torch.from_numpy(flip), torch.from_numpy(crop), none, none, none, torch.zeros(4, 2, dtype=torch.int64)
+    )
+    ours = rand_augment(
+        torch.from_numpy(natural_images), torch.arange(n), parameters, pad=pad, cutout=0, zero_padded=7,
+        mean=torch.zeros(3), std=torch.ones(3), dtype=torch.float64,
+    )  # fmt: skip
+    pixels = (ours * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for i in range(n):
+        image, (y, x) = natural_images[i], crop[i]
+        if i < 7:
+            padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+            left = 2 * pad - x if flip[i] else x
+            expected = padded[y : y + 32, left : left + 32]
+            expected = expected[:, ::-1] if flip[i] else expected
+        else:
+            expected = weak_in_pillow(image, bool(flip[i]), y, x, pad)
+        np.testing.assert_array_equal(pixels[i], expected, err_msg=f"view {i}")
+
+
+def test_the_padding_of_labeled_images_is_an_option(natural_images: np.ndarray) -> None:
+    batch = rows(natural_images, 20, 5, 1)
+    reflected, black = (
+        split_rows(augmenter(labeled_padding=padding).views(batch), batch.layout) for padding in ("reflect", "zero")
+    )
+    assert not torch.equal(reflected.labeled, black.labeled)
+    assert torch.equal(reflected.weak, black.weak)
+    assert torch.equal(reflected.strong, black.strong)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_whole_views_equal_a_chain_of_pillow_calls(natural_images: np.ndarray, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(3)
@@ -208,22 +243,80 @@ def test_flip_can_be_switched_off(natural_images: np.ndarray) -> None:
     assert augmenter(flip=True).draw(rows(natural_images, 30, 30, 1)).flip.sum() > 0
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 16, 31])
-def test_cutout_starts_where_the_rule_says(size: int) -> None:
-    make = augmenter(cutout=size)
-    word = torch.tensor([0, 2**27 + 1, 2**31, 2**31 + 2**27 * 3, 2**32 - 1])
-    centre = word.double() * 32 / 2**32
-    expected = (centre - size / 2).clamp_min(0).floor().long()
-    assert torch.equal(make.cutout_start(word, 32), expected)
-
-
 def test_bad_settings_are_refused(natural_images: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"augment\.cutout .* 40"):
         augmenter(cutout=40)
     with pytest.raises(ValueError, match=r"augment\.pad .* 32"):
         augmenter(pad=32)
-    with pytest.raises(ValueError, match="images must be uint8"):
-        rand_augment(
-            torch.zeros(1, 8, 8, 3), torch.zeros(1).long(), augmenter().draw(rows(natural_images, 1, 0, 0)),
-            pad=1, cutout=0, mean=torch.zeros(3), std=torch.ones(3), dtype=torch.float32,
-        )  # fmt: skip
+
+
+VIEWS, STRONG = 3, 2
+
+
+def arguments() -> dict[str, object]:
+    """Good arguments of rand_augment, three views of which two are strong."""
+    per_strong = (torch.zeros(STRONG, 2, dtype=torch.int64) for _ in range(4))
+    parameters = ViewParameters(torch.zeros(VIEWS).long(), torch.zeros(VIEWS, 2).long(), *per_strong)
+    return {
+        "images": torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+        "sources": torch.zeros(VIEWS).long(),
+        "parameters": parameters,
+        "pad": 1,
+        "cutout": 2,
+        "mean": torch.zeros(3),
+        "std": torch.ones(3),
+        "dtype": torch.float32,
+        "zero_padded": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(1, 8, 8, 3)}, "images must be uint8; got float32"),
+        (
+            {"images": torch.zeros(1, 3, 8, 8).byte()},
+            r"images must have shape \[any, any, any, 3\]; got \[1, 3, 8, 8\]",
+        ),
+        ({"images": torch.zeros(1, 8, 8, 3, device="meta").byte()}, "sources must be on meta; got cpu"),
+        ({"images": torch.zeros(1, 8, 4097, 3).byte()}, "images must have sides .* 8 x 4097"),
+        ({"sources": torch.zeros(VIEWS)}, "sources must be int64; got float32"),
+        ({"parameters.flip": torch.zeros(VIEWS + 1).long()}, r"parameters\.flip must have shape \[3\]; got \[4\]"),
+        ({"parameters.crop": torch.zeros(VIEWS).long()}, r"parameters\.crop must have shape \[3, 2\]; got \[3\]"),
+        (
+            {"parameters.operation": torch.zeros(STRONG).long()},
+            r"parameters\.operation must have shape \[any, any\]; got \[2\]",
+        ),
+        (
+            {"parameters.level": torch.zeros(STRONG, 1).long()},
+            r"parameters\.level must have shape \[2, 2\]; got \[2, 1\]",
+        ),
+        ({"parameters.sign": torch.zeros(STRONG, 2)}, r"parameters\.sign must be int64; got float32"),
+        ({"parameters.cutout": torch.zeros(1, 2).long()}, r"parameters\.cutout must have shape \[2, 2\]; got \[1, 2\]"),
+        ({"mean": torch.zeros(2)}, r"mean must have shape \[3\]; got \[2\]"),
+        ({"std": torch.zeros(3).long()}, "std must be float16 or .*; got int64"),
+        ({"pad": 8}, r"pad must lie in 0\.\.7; got 8"),
+        ({"cutout": -1}, "cutout must be at least 0; got -1"),
+        ({"zero_padded": 4}, r"zero_padded must lie in 0\.\.3; got 4"),
+        ({"dtype": torch.int64}, r"dtype must be a floating-point type; got torch\.int64"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> None:
+    good = arguments()
+    assert rand_augment(**good).shape == (VIEWS, 3, 8, 8)  # type: ignore[arg-type]
+    parameters = good["parameters"]
+    assert isinstance(parameters, ViewParameters)
+    for name, value in change.items():
+        if name.startswith("parameters."):
+            change = {"parameters": parameters._replace(**{name.removeprefix("parameters."): value})}
+    with pytest.raises(ValueError, match=message):
+        rand_augment(**good | change)  # type: ignore[arg-type]
+
+
+def test_more_strong_views_than_views_are_refused() -> None:
+    good = arguments()
+    parameters = good["parameters"]
+    assert isinstance(parameters, ViewParameters)
+    few = parameters._replace(flip=parameters.flip[:1], crop=parameters.crop[:1])
+    with pytest.raises(ValueError, match=r"parameters\.operation must have at most 1 rows; got 2"):
+        rand_augment(**good | {"sources": torch.zeros(1).long(), "parameters": few, "zero_padded": 0})  # type: ignore[arg-type]

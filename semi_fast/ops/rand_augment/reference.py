@@ -21,7 +21,7 @@ class ViewParameters(NamedTuple):
     """What happens to each of N views; every field is int64 on the images' device."""
 
     flip: Tensor  # [N], 1 to mirror left and right
-    crop: Tensor  # [N, 2], (y, x) corner in the reflect-padded image, 0..2 * pad
+    crop: Tensor  # [N, 2], (y, x) corner in the padded image, 0..2 * pad
     operation: Tensor  # [R, 2], indices into OPERATIONS, for the last R views (the strong ones)
     level: Tensor  # [R, 2], 1..9
     sign: Tensor  # [R, 2], -1 or +1
@@ -215,14 +215,20 @@ def apply_operations(images: Tensor, operation: Tensor, level: Tensor, sign: Ten
     return result
 
 
-def flip_and_crop(images: Tensor, flip: Tensor, crop: Tensor, pad: int) -> Tensor:
-    """Mirror where `flip`, pad by reflection without repeating the edge, cut H x W at `crop`."""
+def flip_and_crop(images: Tensor, flip: Tensor, crop: Tensor, pad: int, zero_padded: int = 0) -> Tensor:
+    """Mirror where `flip`, pad by reflection without repeating the edge, cut H x W at `crop`.
+
+    The first `zero_padded` rows are padded by black instead.
+    """
     h, w = images.shape[1:3]
     y = torch.arange(h, device=images.device) + crop[:, :1] - pad  # [n, H]
     x = torch.arange(w, device=images.device) + crop[:, 1:] - pad  # [n, W]
+    outside = ((y < 0) | (y >= h)).unsqueeze(2) | ((x < 0) | (x >= w)).unsqueeze(1)  # [n, H, W]
     y, x = ((side - 1) - (side - 1 - at.abs()).abs() for at, side in ((y, h), (x, w)))
     x = torch.where(flip.bool().unsqueeze(1), w - 1 - x, x)
-    return take_pixels(images, y.unsqueeze(2), x.unsqueeze(1))
+    views = take_pixels(images, y.unsqueeze(2), x.unsqueeze(1))
+    views[:zero_padded].masked_fill_(outside[:zero_padded].unsqueeze(-1), 0)
+    return views
 
 
 def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
@@ -244,18 +250,10 @@ def rand_augment(
     mean: Tensor,
     std: Tensor,
     dtype: torch.dtype,
+    zero_padded: int = 0,
 ) -> Tensor:
-    """All views of a step in one call: float [N, 3, H, W], stored NHWC (channels_last).
-
-    `images` is uint8 [n, H, W, 3] and `sources` int64 [N] says which image a view shows. Every view is mirrored and
-    cropped; the last R = len(parameters.operation) views then get their two operations and a cutout of `cutout`
-    pixels (0: none). `mean` and `std` are float [3], of values in [0, 1].
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images must be uint8 [n, H, W, 3]; got {images.dtype} {tuple(images.shape)}")
-    if not 0 <= pad < min(images.shape[1:3]):
-        raise ValueError(f"pad must be smaller than the image side {tuple(images.shape[1:3])}; got {pad}")
-    views = flip_and_crop(images[sources], parameters.flip, parameters.crop, pad)
+    """See `semi_fast.ops.rand_augment.rand_augment`."""
+    views = flip_and_crop(images[sources], parameters.flip, parameters.crop, pad, zero_padded)
     strong = len(parameters.operation)
     if strong:
         x = views[-strong:]
@@ -268,5 +266,6 @@ def rand_augment(
 def normalise(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """(images / 255 - mean) / std in float32 (float64 if asked for): [n, 3, H, W], stored NHWC."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    scaled = images.to(exact).div_(255)
-    return scaled.sub_(mean.to(exact)).div_(std.to(exact)).to(dtype).permute(0, 3, 1, 2)
+    mean, std = mean.to(exact), std.to(exact)
+    scaled = images.to(exact).div_(torch.full_like(mean, 255))  # by a plain number CUDA multiplies with its reciprocal
+    return scaled.sub_(mean).div_(std).to(dtype).permute(0, 3, 1, 2)
