@@ -17,7 +17,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # Streams: the first counter word. A number is never given a second meaning; a new use takes a new one.
-ORDER_LABELED, ORDER_UNLABELED, AUGMENT_LABELED, AUGMENT_UNLABELED, SPLIT, BANK_SAMPLING = range(6)
+ORDER_LABELED, ORDER_UNLABELED, AUGMENT_LABELED, AUGMENT_UNLABELED, SPLIT, BANK_SAMPLING, FILE_ORDER = range(7)
 
 
 def philox(seed: int, counter: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:

@@ -47,6 +47,8 @@ def expect(
     name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: Collection[torch.dtype], device: torch.device
 ) -> None:
     """Raise ValueError with the argument's name unless shape (None: any size), dtype and device are as given."""
+    if tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device:
+        return
     fits = len(shape) == tensor.ndim and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)

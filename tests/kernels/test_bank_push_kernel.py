@@ -47,11 +47,11 @@ def test_equals_the_reference(
     for step in range(2 if classes > 100 or rows > 100 else 12):
         offered = offers(classes, width, rows, step, torch.float16 if step % 2 else torch.float32)
         kernel.bank_push(*ours, *offered, oldest_leaves)
-        reference.bank_push(*expected, *offered, oldest_leaves=oldest_leaves, fixed_shapes=False)
-        reference.bank_push(*same, *offered, oldest_leaves=oldest_leaves, fixed_shapes=True)
-        for mine, theirs, fixed in zip(ours, expected, same, strict=True):
+        reference.bank_push(*expected, *offered, oldest_leaves=oldest_leaves)
+        bank_push(*same, *offered, oldest_leaves=oldest_leaves)
+        for mine, theirs, public in zip(ours, expected, same, strict=True):
             assert torch.equal(mine, theirs)
-            assert torch.equal(fixed, theirs)
+            assert torch.equal(public, theirs)
         for state in (ours, expected, same):
             state[1] *= 0.99
     torch.testing.assert_close(ours[3], ours[0].double().sum(1), rtol=0, atol=1e-12)

@@ -61,6 +61,11 @@ def bank_push(
         from semi_fast.ops.bank_push import kernel
 
         kernel.bank_push(*state, *(x.contiguous() for x in offered), oldest_leaves)
-    else:
-        options = {"oldest_leaves": oldest_leaves, "fixed_shapes": device.type != "cpu"}
-        reference.bank_push(*state, *offered, **options)
+        return
+    if device.type == "cpu":  # there is no device to wait for: leave out the rows that cannot enter
+        lowest = confidences.amin(1)[new_labels.clamp(0, classes - 1)] if not oldest_leaves else 0
+        able = (mask & (new_confidences > lowest)).nonzero().squeeze(1)
+        if not len(able):
+            return
+        offered = tuple(x[able] for x in offered)
+    reference.bank_push(*state, *offered, oldest_leaves=oldest_leaves)

@@ -24,13 +24,12 @@ def bank_push(
     number: Tensor,
     *,
     oldest_leaves: bool,
-    fixed_shapes: bool = True,
 ) -> None:
     """See `semi_fast.ops.bank_push.bank_push`.
 
     The best candidate of a class meets its worst slot, the second best the second worst, and so on; a candidate
     enters where it is strictly better. As candidates fall and slots rise, the pairs that exchange are the first ones,
-    and their number is that of the sequential rule. `fixed_shapes`: for a device that must not be waited for.
+    and their number is that of the sequential rule.
     """
     classes, slots = confidences.shape
     row = torch.arange(len(number), device=mask.device)
@@ -42,23 +41,23 @@ def bank_push(
         priority, new_priority = confidences, new_confidences.to(confidences.dtype)
 
     # The rank of a row among the offered rows of its class: how many come before it in (priority falling, row rising).
-    place = new_priority.argsort(descending=True, stable=True).argsort()
+    place = torch.empty_like(row)
+    place[new_priority.argsort(descending=True, stable=True)] = row
     group = torch.where(offered, first_slot, -1 - row)  # a row that is not offered is alone
     before = (group.unsqueeze(0) == group.unsqueeze(1)) & (place.unsqueeze(0) < place.unsqueeze(1))
     rank = before.sum(1)  # [R]
     met = first_slot + worst_first(priority, inserted).view(-1)[first_slot + rank.clamp_max(slots - 1)]
     enters = offered & (rank < slots) & (new_priority > priority.view(-1)[met])
 
-    if fixed_shapes:  # where a row does not enter, do again what the first entering row does, or nothing
-        source, counted = torch.where(enters, row, enters.int().argmax()), row
-    else:
-        source = counted = enters.nonzero().squeeze(1)
-    target, goes = met[source], enters[source]
+    # Where a row does not enter, do again what the first entering row does, or nothing: shapes stay fixed.
+    any_enters, first = enters.max(0)
+    source = torch.where(enters, row, first)
+    target = met[source]
     flat = features.view(classes * slots, -1)
     old = flat[target]
-    new = torch.where(goes.unsqueeze(1), new_features[source].to(old.dtype), old)
-    change = torch.where(enters[counted].unsqueeze(1), new.double() - old, 0.0)
-    sums.index_put_((torch.div(first_slot[counted], slots, rounding_mode="floor"),), change, accumulate=True)
+    new = torch.where(any_enters, new_features[source].to(old.dtype), old)
+    change = torch.where(enters.unsqueeze(1), new.double() - old, 0.0)
+    sums.index_put_((torch.div(first_slot, slots, rounding_mode="floor"),), change, accumulate=True)
     flat.index_copy_(0, target, new)
     for state, values in ((confidences.view(-1), new_confidences), (inserted.view(-1), number)):
-        state.index_copy_(0, target, torch.where(goes, values[source].to(state.dtype), state[target]))
+        state.index_copy_(0, target, torch.where(any_enters, values[source].to(state.dtype), state[target]))
