@@ -44,6 +44,26 @@ def test_the_table_is_that_of_the_collected_runs() -> None:
         assert markdown(list(csv.DictReader(file))) in TEXT
 
 
+def test_the_figures_of_the_bank_are_those_of_the_table() -> None:
+    with (ROOT / "benchmarks" / "results" / "ops_cpu.csv").open(encoding="utf-8") as file:
+        rows = {row["shape"]: row for row in csv.DictReader(file) if row["operation"] == "bank_push"}
+
+    def figure(classes: int, kind: str, column: str) -> float:
+        (row,) = (row for shape, row in rows.items() if shape.startswith(f"C={classes} ") and kind in shape)
+        return float(row[column])
+
+    filling, ratio = "filling, even", "loop_over_ours_ratio"
+    text = " ".join(TEXT.split())
+    for words in (
+        f"{figure(10, filling, 'reference_us'):.0f} us with 10 classes",
+        f"{figure(127, filling, 'reference_us'):.0f} us with 127 while the bank fills",
+        f"{figure(10, filling, ratio):.1f} and {figure(127, filling, ratio):.1f} times less than that loop; "
+        f"{figure(10, 'long-tailed', ratio):.1f} times less",
+        f"{figure(10, 'full', ratio):.1f} and {figure(127, 'full', ratio):.1f} times less once the bank is full",
+    ):
+        assert words in text
+
+
 def test_paths_exist() -> None:
     for path in re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(
         r"`((?:docs|configs|benchmarks|semi_fast)/[\w./]+)`", TEXT

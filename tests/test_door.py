@@ -1,0 +1,59 @@
+"""Where operations run their kernels, and what is said where they cannot."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+
+from semi_fast.ops import door
+from semi_fast.ops.door import FLOATS, expect
+from semi_fast.train import run
+
+from .tiny import config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def missing(_: str) -> str:
+    raise PackageNotFoundError
+
+
+def test_kernels_need_cuda_and_a_recent_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, obstacle in (
+        (lambda _: "3.6.0", ""),
+        (lambda _: "4.0.0+git1", ""),
+        (lambda _: "3.2.0", "Triton 3.2.0 is older than 3.6"),
+        (missing, "Triton is not installed"),
+    ):
+        monkeypatch.setattr(door, "version", found)
+        assert door.find_obstacle() == obstacle
+        monkeypatch.setattr(door, "OBSTACLE", obstacle)
+        assert door.has_kernel(CUDA) == (not obstacle)
+        assert not door.has_kernel(CPU)
+        assert obstacle in door.backend(CUDA)
+    assert door.backend(CPU) == "reference operations, no kernels: Triton is not installed"
+
+
+def test_a_run_says_what_its_operations_are(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(config(digits, tmp_path / "run", "--optim.steps=4"))
+    said = json.loads((tmp_path / "run" / "env.json").read_text())["operations"]
+    assert said == "reference operations, no kernels: the device is cpu, not CUDA"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_expect_names_the_argument() -> None:
+    x = torch.zeros(2, 3)
+    expect("x", x, (2, 3), FLOATS, CPU)
+    expect("x", x, (None, 3), FLOATS, CPU)
+    for shape, dtypes, device, message in (
+        ((2, 4), FLOATS, CPU, r"x must have shape \[2, 4\]; got \[2, 3\]"),
+        ((None,), FLOATS, CPU, r"x must have shape \[any\]; got \[2, 3\]"),
+        ((2, 3), (torch.int64, torch.bool), CPU, "x must be int64 or bool; got float32"),
+        ((2, 3), FLOATS, CUDA, "x must be on cuda; got cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expect("x", x, shape, dtypes, device)
