@@ -38,7 +38,8 @@ def parse_config(argv: Sequence[str]) -> Config:
     parser.add_argument("--config", action="config", help="YAML file of keys; may be given more than once")
     parser.add_class_arguments(Config)
     files, flags = ordered(argv)
-    given = {key for file in files for key in check_file(Path(file))} | {flag[2:].partition("=")[0] for flag in flags}
+    in_files = {key for file in files for key in check_file(Path(file))}
+    as_flags = {flag[2:].partition("=")[0] for flag in flags}
     arguments = [*(f"--config={file}" for file in files), *flags]
     try:
         parsed = parser.parse_args(arguments)
@@ -47,8 +48,16 @@ def parse_config(argv: Sequence[str]) -> Config:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(readable(" ".join(str(error).split()))) from error
+    if "method.semi.preset" in as_flags:
+        for key, value in PRESETS[preset].items():
+            found = getattr(parsed.method.semi, key)
+            if found != value and f"method.semi.{key}" in in_files - as_flags:
+                raise ValueError(
+                    f"method.semi.preset={preset} has {key} {value}, but the file sets {found}: "
+                    f"give --method.semi.{key} too, to say which"
+                )
     for key in REQUIRED.get(preset, ()):
-        if f"method.semi.{key}" not in given:
+        if f"method.semi.{key}" not in in_files | as_flags:
             raise ValueError(
                 f"method.semi.{key} must be given with preset {preset}: its sources differ; see docs/methods.md"
             )

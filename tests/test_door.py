@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,24 +19,28 @@ from .tiny import config
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def missing(_: str) -> str:
-    raise PackageNotFoundError
+def missing(name: str) -> object:
+    raise ImportError(f"No module named {name!r}")
+
+
+def triton(version: str) -> Callable[[str], object]:
+    return lambda _: SimpleNamespace(__version__=version)
 
 
 def test_kernels_need_cuda_and_a_recent_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, obstacle in (
-        (lambda _: "3.6.0", ""),
-        (lambda _: "4.0.0+git1", ""),
-        (lambda _: "3.2.0", "Triton 3.2.0 is older than 3.6"),
-        (missing, "Triton is not installed"),
+        (triton("3.6.0"), ""),
+        (triton("4.0.0+git1"), ""),
+        (triton("3.2.0"), "Triton 3.2.0 is older than 3.6"),
+        (missing, "Triton cannot be imported (No module named 'triton')"),
     ):
-        monkeypatch.setattr(door, "version", found)
+        monkeypatch.setattr(door, "import_module", found)
         assert door.find_obstacle() == obstacle
         monkeypatch.setattr(door, "OBSTACLE", obstacle)
         assert door.has_kernel(CUDA) == (not obstacle)
         assert not door.has_kernel(CPU)
         assert obstacle in door.backend(CUDA)
-    assert door.backend(CPU) == "reference operations, no kernels: Triton is not installed"
+    assert door.backend(CPU) == "reference operations, no kernels: Triton cannot be imported (No module named 'triton')"
 
 
 def test_a_run_says_what_its_operations_are(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

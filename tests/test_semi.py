@@ -9,7 +9,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from benchmarks.reference import semi_step
 from semi_fast import memory_bank
 from semi_fast.batch import Outputs, RowLayout, Rows
 from semi_fast.cli import parse_config
@@ -20,7 +22,7 @@ from semi_fast.schema.config import check
 from semi_fast.schema.method import MethodConfig
 from semi_fast.schema.semi import PRESETS, REQUIRED, SemiConfig
 
-from .tiny import ARGUMENTS, config
+from .tiny import config
 
 CPU = torch.device("cpu")
 COUNTS, FIRST_VISIT = (40, 12, 6, 2), (38, 11, 4, 1)
@@ -136,6 +138,16 @@ def test_presets_are_keys_and_explicit_keys_win() -> None:
     assert (paper.mask_source, paper.alignment_weight, paper.strong_views) == ("linear", 0.3, 1)
     with pytest.raises(ValueError, match=r"method\.semi\.threshold must be given with preset official"):
         parse_config(["--method.semi.preset=official", "--method.semi.mixing=0.4"])
+
+
+def test_a_preset_as_a_flag_does_not_quietly_lose_to_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("method:\n  semi:\n    warmup_epochs: 2\n    mixing: 0.4\n    threshold: 0.7\n")
+    flags = [f"--config={file}", "--method.semi.preset=official"]
+    with pytest.raises(ValueError, match=r"preset=official has warmup_epochs 6, but the file sets 2: give"):
+        parse_config(flags)
+    for epochs in (2, 6):
+        assert parse_config([*flags, f"--method.semi.warmup_epochs={epochs}"]).method.semi.warmup_epochs == epochs
 
 
 def test_a_preset_in_a_file_gives_way_to_keys_in_the_file(tmp_path: Path) -> None:
@@ -255,6 +267,22 @@ def test_stored_features_top_up_rare_classes() -> None:
     assert other.loss(state, rows, outputs, torch.tensor(7)).terms["balanced_bank"].item() != again.item()
 
 
+def test_all_stored_features_are_drawn_where_every_class_is_far_below_its_share() -> None:
+    """Then the term is the mean cross-entropy of every filled slot with its own class."""
+    method = method_of(replace(TINY, bank_sampling=10_000))
+    state = method.init(environment())
+    for step in range(6):
+        rows, outputs = batch(method, step)
+        loss = method.loss(state, rows, outputs, torch.tensor(step))
+        if step == 5:
+            assert outputs.classify is not None
+            taken = (state["bank.inserted"] >= 0).nonzero()
+            features = state["bank.features"][taken[:, 0], taken[:, 1]]
+            expected = cross_entropy(outputs.classify(features)["balanced_head"], taken[:, 0])
+            torch.testing.assert_close(loss.terms["balanced_bank"], expected)
+        method.update(state, loss.pending | loss.totals, torch.tensor(step))
+
+
 # The released code.
 
 
@@ -271,67 +299,34 @@ def test_the_scrambled_order_golden() -> None:
     assert (holds[64:128].repeat(2) == strong).sum() == 0
 
 
-class Released:
-    """A class of the released bank as sorted lists: the lowest confidence is replaced, the first features dropped."""
-
-    def __init__(self, slots: int):
-        self.rows = [(0.0, 0.0)] * slots  # (confidence, feature), not belonging together
-
-    def push(self, confidence: float, feature: float) -> None:
-        confidences, features = ([row[i] for row in self.rows] for i in (0, 1))
-        if confidence <= confidences[-1]:
-            return
-        confidences[-1], features = confidence, [*features[1:], feature]
-        order = sorted(range(len(confidences)), key=lambda i: -confidences[i])
-        self.rows = [(confidences[i], features[i]) for i in order]
-
-
-def released_bank(slots: int, classes: int) -> dict[str, Tensor]:
-    return memory_bank.empty(classes, slots, 2, device=CPU, dtype=torch.float32)
-
-
-def test_the_released_eviction_equals_a_loop_over_lists() -> None:
+def test_the_released_bank_equals_the_loop_that_is_measured() -> None:
+    """Pushes and decays against a loop with the released structure; no two confidences are equal."""
     generator = torch.Generator().manual_seed(0)
-    bank, models = released_bank(5, 3), [Released(5) for _ in range(3)]
-    for step in range(25):
+    bank = memory_bank.empty(3, 5, 2, device=CPU, dtype=torch.float64)
+    loop = semi_step.empty_bank(3, 5, 2, CPU)
+    loop.features, loop.confidences = loop.features.double(), loop.confidences.double()
+    for step in range(30):
         labels = torch.randint(0, 3, (8,), generator=generator)
-        confidences = torch.randint(4, 11, (8,), generator=generator) / 10
+        confidences = 0.5 + torch.rand(8, generator=generator, dtype=torch.float64) / 2
         mask = torch.rand(8, generator=generator) < 0.8
-        features = (step * 8 + torch.arange(8.0) + 1).unsqueeze(1).expand(-1, 2)
+        features = (step * 8 + torch.arange(8.0, dtype=torch.float64) + 1).unsqueeze(1).repeat(1, 2)
         released_semi.push(bank, features, labels, confidences, mask, torch.tensor(step))
-        for i in range(8):
-            if mask[i]:
-                models[int(labels[i])].push(confidences[i].item(), features[i, 0].item())
+        semi_step.push(loop, features, labels, confidences, mask, semi_step.insert_official)
         if step % 3 == 2:
-            memory_bank.decay(bank, torch.tensor(0.9), stale_below=torch.tensor((step - 1) * 8))
-            fresh = bank["bank.inserted"] >= (step - 1) * 8
+            memory_bank.decay(bank, torch.tensor(0.99, dtype=torch.float64), torch.tensor((step - 2) * 8))
             released_semi.sort_by_confidence(bank)
-            assert fresh.any()
-            for k, model in enumerate(models):  # the model's lists go on from the decayed bank
-                pairs = zip(bank["bank.confidences"][k].tolist(), bank["bank.features"][k, :, 0].tolist(), strict=True)
-                model.rows = list(pairs)
-        assert bank["bank.confidences"].diff(dim=1).le(0).all(), "sorted"
-        for k, model in enumerate(models):
-            assert bank["bank.confidences"][k].tolist() == pytest.approx([row[0] for row in model.rows])
-            assert bank["bank.features"][k, :, 0].tolist() == [row[1] for row in model.rows]
-    torch.testing.assert_close(bank["bank.sums"], bank["bank.features"].double().sum(1))
+            semi_step.decay(loop)
+        torch.testing.assert_close(bank["bank.confidences"], loop.confidences)
+        assert torch.equal(bank["bank.features"], loop.features)
+    torch.testing.assert_close(bank["bank.sums"], bank["bank.features"].sum(1))
+    assert (bank["bank.confidences"] < 0.99).any()
 
 
-def test_the_released_eviction_keeps_zero_rows_and_loses_the_pairing() -> None:
-    """The specification measured 64.8 % zero rows after 128 accepted rows of one class."""
-    generator = torch.Generator().manual_seed(0)
-    shares = []
-    for _ in range(6):
-        bank = released_bank(128, 1)
-        confidences = 0.7 + 0.3 * torch.rand(128, generator=generator)
-        features = torch.arange(1.0, 129).unsqueeze(1).expand(-1, 2)
-        one = torch.zeros(128).long(), torch.ones(128).bool()
-        released_semi.push(bank, features, one[0], confidences, one[1], torch.tensor(0))
-        shares.append((bank["bank.features"][0, :, 0] == 0).float().mean().item())
-        own = confidences[bank["bank.features"][0, :, 0].long() - 1]
-        assert (own == bank["bank.confidences"][0]).float().mean() < 0.2
-        assert torch.equal(bank["bank.confidences"][0], confidences.sort(descending=True).values)
-    assert sum(shares) / 6 == pytest.approx(0.648, abs=0.05)
+def test_the_released_bank_stays_sorted_through_decays() -> None:
+    options = replace(TINY, bank_eviction="official", bank_decay_scope="stale", bank_decay=0.5, bank_slots=4)
+    _, state, _ = trajectory(options)
+    assert state["bank.confidences"].diff(dim=1).le(0).all()
+    assert state["bank.confidences"].unique().numel() > 6
 
 
 def test_stale_slots_decay_by_the_clock_of_the_epoch() -> None:
@@ -388,11 +383,6 @@ def test_official_runs_in_one_process(digits: Path) -> None:
     two: Any = SimpleNamespace(num_processes=2, process_index=0)
     with pytest.raises(ValueError, match="runs in one process"):
         divided(tiny, split, needs, two)
-
-
-def test_the_tiny_arguments_set_no_preset() -> None:
-    """Else the tests of the presets would not be of them."""
-    assert not any("preset" in word for word in ARGUMENTS)
 
 
 def test_the_table_of_the_documentation_is_the_schema() -> None:

@@ -97,8 +97,8 @@ class Method(Protocol):
 
 
 def log_power(prior: Tensor, strength: float) -> Tensor:
-    """log(prior ** strength + 1e-12), in the prior's type."""
-    return (prior**strength + 1e-12).log()
+    """log(prior ** strength + 1e-12), in the prior's type; zeros for strength 0."""
+    return (prior**strength + 1e-12).log() if strength else torch.zeros_like(prior)
 
 
 def fraction(mask: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class SeMi:
         if o.unlabeled_prior == "joint":
             return state | {"prior": prior}
         return state | {
-            "head_adjustment": log_power(prior, o.head_adjustment).to(env.dtype) * bool(o.head_adjustment),
+            "head_adjustment": log_power(prior, o.head_adjustment).to(env.dtype),
             "pseudo_label_adjustment": log_power(prior, o.pseudo_label_adjustment).to(env.dtype),
         }
 
@@ -68,16 +68,16 @@ class SeMi:
     def mixing(self, state: State, step: Tensor) -> Tensor:
         """gamma * w of eq. 8, [C]; 0 during the warm-up."""
         o, share = self.options, state["label_share"]
-        epoch = torch.div(step, self.epoch_steps, rounding_mode="floor")
+        epoch = torch.div(step, self.epoch_steps, rounding_mode="floor").to(share.dtype)
         progress = {
             "epoch": epoch * self.epoch_steps / self.steps,
-            "step": step / self.steps,
+            "step": step.to(share.dtype) / self.steps,
             "epoch_per_epoch_steps": epoch / self.epoch_steps,
         }[o.mixing_ramp]
         if o.class_weight_norm == "max":
             share = share ** (1 / o.class_weight_temperature)
             share = share / share.max()
-        return torch.where(self.active(step), o.mixing * progress * share, 0.0).to(share.dtype)
+        return torch.where(self.active(step), o.mixing * progress * share, 0.0)
 
     def adjustments(self, state: State) -> tuple[Tensor, Tensor]:
         """Adjustments of the pseudo-labels of the standard and of the balanced head, [C] each."""
@@ -85,7 +85,7 @@ class SeMi:
             return state["head_adjustment"], state["pseudo_label_adjustment"]
         strengths = self.options.head_adjustment, self.options.pseudo_label_adjustment
         dtype = state["center"].dtype
-        head, balanced = (log_power(state["prior"], strength).to(dtype) * bool(strength) for strength in strengths)
+        head, balanced = (log_power(state["prior"], strength).to(dtype) for strength in strengths)
         return head, balanced
 
     def votes(self, state: State, features: SplitRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,9 +142,7 @@ class SeMi:
             "unlabeled": masked_cross_entropy(standard.strong, target, hardness),  # eq. 9
         }
         if o.balanced_head:
-            terms |= self.balanced_terms(state, rows, balanced, found, target, active)
-            if o.bank_sampling:
-                terms["balanced_bank"] = self.bank_term(state, rows, outputs, found, step)
+            terms |= self.balanced_terms(state, rows, outputs, found, target, step)
         terms["alignment"] = o.alignment_weight * alignment  # eq. 6
         stored = features.weak if o.bank_views == "weak" else features.strong
         pending = {
@@ -175,33 +173,39 @@ class SeMi:
         return torch.where(active, found.probs, (found.label.unsqueeze(1) == classes).to(found.probs.dtype))
 
     def balanced_terms(
-        self, state: State, rows: Rows, logits: SplitRows, found: PseudoLabels, target: Tensor, active: Tensor
+        self, state: State, rows: Rows, outputs: Outputs, found: PseudoLabels, target: Tensor, step: Tensor
     ) -> dict[str, Tensor]:
-        """The balanced head's two losses (eq. 10, 11)."""
-        o, dtype = self.options, logits.strong.dtype
+        """The balanced head's losses: eq. 10, eq. 11, and that of stored features where they are drawn."""
+        o, logits = self.options, split_rows(outputs.logits["balanced_head"], rows.layout)
+        if o.balanced_target == "adjusted":
+            target = found.adjusted_label
+        mask = found.adjusted_mask.to(logits.strong.dtype)
         labeled = logits.labeled.double() if o.double_adjustment else logits.labeled
-        target = target if o.balanced_target == "mixed" else found.adjusted_label
+        supervised = masked_cross_entropy(labeled, rows.labels, offset=state["adjustment"])
         terms = {
-            "balanced_supervised": masked_cross_entropy(labeled, rows.labels, offset=state["adjustment"]).to(dtype),
-            "balanced_unlabeled": masked_cross_entropy(logits.strong, target, found.adjusted_mask.to(dtype)),
+            "balanced_supervised": supervised.float() if o.double_adjustment else supervised,
+            "balanced_unlabeled": masked_cross_entropy(logits.strong, target, mask),
         }
+        if o.bank_sampling:
+            label = found.label if o.balanced_target == "mixed" else found.adjusted_label
+            learned = count(rows.labels, classes=len(found.counts))
+            learned += count(label, found.adjusted_mask, classes=len(found.counts))
+            terms["balanced_bank"] = self.bank_term(state, outputs, learned, step)
         if not o.warmup_balanced:
-            terms = {name: torch.where(active, term, 0.0) for name, term in terms.items()}
+            terms = {name: torch.where(self.active(step), term, 0.0) for name, term in terms.items()}
         return terms
 
-    def bank_term(self, state: State, rows: Rows, outputs: Outputs, found: PseudoLabels, step: Tensor) -> Tensor:
+    def bank_term(self, state: State, outputs: Outputs, learned: Tensor, step: Tensor) -> Tensor:
         """Cross-entropy of stored features that top up the balanced head's batch to an equal share of every class.
 
-        The share is that of the labeled rows, the rows that the balanced head learns from, and `bank_sampling`; a class
+        The share is that of the rows `learned` [C] anyway, labeled and unlabeled, and `bank_sampling` together; a class
         below it adds as many of its slots as are missing and filled, drawn without replacement.
         """
         assert outputs.classify is not None
         taken = memory_bank.filled(state)  # [C, M]
         classes, slots = taken.shape
-        present = count(rows.labels, classes=classes)
-        present += count(found.adjusted_label, found.adjusted_mask, classes=classes)
-        present = processes.sum_in_place(present)
-        missing = (present.sum() + self.options.bank_sampling) // classes - present  # [C]
+        learned = processes.sum_in_place(learned)
+        missing = (learned.sum() + self.options.bank_sampling) // classes - learned  # [C]
         place = torch.arange(classes * slots, device=step.device)
         word = philox(self.seed, (torch.full_like(place, BANK_SAMPLING), step.expand_as(place), place, 0 * place))[0]
         drawn = torch.where(taken, word.view(classes, slots), -1)  # empty slots come last
@@ -253,7 +257,8 @@ class SeMi:
         if o.bank_decay_clock == "epoch":
             clock = step % self.epoch_steps + 1
             since += torch.where(clock == every, self.epoch_steps % every, 0)
-        factor = torch.where(clock % every == 0, o.bank_decay, 1.0)
+        beta = state["bank.confidences"].new_full((), o.bank_decay)
+        factor = torch.where(clock % every == 0, beta, 1.0)
         memory_bank.decay(state, factor, (step + 1 - since) * rows if o.bank_decay_scope == "stale" else None)
         if o.bank_eviction == "official":
             released_semi.sort_by_confidence(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ OLDEST_TRITON = (3, 6)
 def find_obstacle() -> str:
     """Why no kernel can be compiled here; empty where they can."""
     try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return "Triton is not installed"
-    numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
-    return "" if numbers >= OLDEST_TRITON else f"Triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+        triton = import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    numbers = tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:2])
+    if numbers >= OLDEST_TRITON:
+        return ""
+    return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
 
 
 OBSTACLE = find_obstacle()
@@ -34,7 +36,7 @@ def has_kernel(device: torch.device) -> bool:
 def backend(device: torch.device) -> str:
     """One line for logs: what the operations run on `device`, and why no kernels."""
     if has_kernel(device):
-        return f"Triton {version('triton')} kernels"
+        return f"Triton {import_module('triton').__version__} kernels"
     return f"reference operations, no kernels: {OBSTACLE or f'the device is {device.type}, not CUDA'}"
 
 

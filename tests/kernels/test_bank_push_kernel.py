@@ -11,6 +11,7 @@ from tests.conftest import DEVICE
 from tests.offline import compile_offline
 
 SIZES = [(3, 4, 5, 7), (10, 128, 128, 128), (2, 3, 70, 40), (127, 8, 16, 30), (1000, 2, 3, 16), (4, 1, 3, 1)]
+SIZES += [(2, 130, 3, 128), (1, 70, 3, 60)]  # full banks of several chunks
 
 
 def empty(classes: int, slots: int, width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -44,7 +45,7 @@ def test_equals_the_reference(
     classes: int, slots: int, width: int, rows: int, dtype: torch.dtype, oldest_leaves: bool
 ) -> None:
     ours, expected, same = (empty(classes, slots, width, dtype) for _ in range(3))
-    for step in range(2 if classes > 100 or rows > 100 else 12):
+    for step in range(2 if classes > 100 or width > 100 else 6 if slots > 64 else 12):
         offered = offers(classes, width, rows, step, torch.float16 if step % 2 else torch.float32)
         kernel.bank_push(*ours, *offered, oldest_leaves)
         reference.bank_push(*expected, *offered, oldest_leaves=oldest_leaves)
@@ -118,6 +119,7 @@ def test_spills_no_register() -> None:
         ("new_labels", lambda x: x[:-1], r"new_features must have shape \[4, 3\]; got \[5, 3\]"),
         ("new_features", lambda x: x[:, :-1], r"new_features must have shape \[5, 3\]; got \[5, 2\]"),
         ("mask", lambda x: x.long(), "mask must be bool; got int64"),
+        ("new_labels", lambda x: x[0], r"new_labels must have shape \[any\]; got \[\]"),
         ("inserted", lambda x: x.to("meta"), "inserted must be on"),
         ("features", lambda x: x.expand(2, 2, 3, 3)[0].transpose(0, 1), "features must be contiguous"),
     ],

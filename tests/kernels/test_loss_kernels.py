@@ -157,5 +157,11 @@ def test_wrong_inputs_are_named() -> None:
         embedding_align(weak, strong, torch.zeros(3, device=DEVICE), torch.ones(2, device=DEVICE), **options)
     with pytest.raises(ValueError, match=r"weak must have shape \[any, 4\]; got \[2, 3\]"):
         embedding_align(weak[:, :3], strong, torch.zeros(4, device=DEVICE), torch.ones(2, device=DEVICE), **options)
+    with pytest.raises(ValueError, match=r"logits must have shape \[any, any\]; got \[6\]"):
+        masked_cross_entropy(logits[:, 0], target)
+    with pytest.raises(ValueError, match=r"target must have shape \[any\]; got \[\]"):
+        masked_cross_entropy(logits, target[0])
+    with pytest.raises(ValueError, match=r"strong must have shape \[any, any\]; got \[4\]"):
+        embedding_align(weak, strong[:, 0], torch.zeros(4, device=DEVICE), torch.ones(2, device=DEVICE), **options)
     with pytest.raises(ValueError, match="coefficient must be on"):
         embedding_align(weak, strong, torch.zeros(4, device=DEVICE), torch.ones(2, device="meta"), **options)

@@ -97,6 +97,21 @@ def test_clustered_prototypes_keep_their_digits() -> None:
     compare(*both(tensors, prototype_temperature=1e-3))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_row_that_is_not_finite_has_a_label_and_no_mask_of_its_own(bad: int, mode: tuple[Any, ...]) -> None:
+    """Labels index tables: they must lie in range also in the step before the run stops."""
+    tensors = inputs(9, 10, 16, torch.float32)
+    tensors[bad][3:6] = torch.nan
+    found, expected = both(tensors, mode)
+    for labels in (found.label, found.adjusted_label):
+        assert labels.min() >= 0
+        assert labels.max() < 10
+    assert torch.equal(found.mask, expected.mask)
+    assert torch.equal(found.adjusted_mask, expected.adjusted_mask)
+    assert found.counts.sum() == found.mask.sum()
+
+
 def test_ties_go_to_the_lower_class() -> None:
     tensors = inputs(1, 10, 4, torch.float32)
     tensors[0].zero_()

@@ -40,13 +40,14 @@ def bank_push(
     with the lowest number leaves. Which slot a row takes is not part of the contract. Raises ValueError for a wrong
     shape, type or device. Source: SeMi section 3.2; `inserted` makes its order total.
     """
-    (classes, slots, width), rows, device = features.shape, len(new_labels), features.device
+    device = features.device
     expect("features", features, (None, None, None), STORED, device)
+    expect("new_labels", new_labels, (None,), (torch.int64,), device)
+    (classes, slots, width), rows = features.shape, len(new_labels)
     expect("confidences", confidences, (classes, slots), (features.dtype,), device)
     expect("inserted", inserted, (classes, slots), (torch.int64,), device)
     expect("sums", sums, (classes, width), (torch.float64,), device)
     expect("new_features", new_features, (rows, width), FLOATS, device)
-    expect("new_labels", new_labels, (rows,), (torch.int64,), device)
     expect("new_confidences", new_confidences, (rows,), FLOATS, device)
     expect("mask", mask, (rows,), (torch.bool,), device)
     expect("number", number, (rows,), (torch.int64,), device)

@@ -21,8 +21,9 @@ def embedding_align(
     exactly 0, also where its features are not finite; only `strong` receives a gradient. Computed in float32, in
     float64 for float64 features. Raises ValueError for a wrong shape, type or device. Source: SeMi eq. 6.
     """
-    (rows, width), device = strong.shape, strong.device
-    expect("strong", strong, (rows, width), FLOATS, device)
+    device = strong.device
+    expect("strong", strong, (None, None), FLOATS, device)
+    rows, width = strong.shape
     expect("weak", weak, (None, width), FLOATS, device)
     images = len(weak)
     if rows % max(images, 1) or (rows and not images):

@@ -11,7 +11,7 @@ def embedding_align(
 ) -> tuple[Tensor, Tensor]:
     """See `semi_fast.ops.embedding_align.embedding_align`."""
     exact = torch.float64 if strong.dtype == torch.float64 else torch.float32
-    target = torch.softmax((weak.detach().to(exact) - center) / teacher_temperature, 1)  # [n, D]
+    target = torch.softmax((weak.detach().to(exact) - center.to(exact)) / teacher_temperature, 1)  # [n, D]
     views = len(strong) // max(len(weak), 1)
     coefficient = coefficient.to(exact).repeat(views)  # [R]
     kept = coefficient != 0

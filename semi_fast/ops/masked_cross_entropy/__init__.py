@@ -22,13 +22,14 @@ def masked_cross_entropy(
     coefficient is 0 is left out, not multiplied: it adds exactly 0 to value and gradient even where its logits are not
     finite. Computed in float32, in float64 for float64 logits. Raises ValueError for a wrong shape, type or device.
     """
-    (rows, classes), device = logits.shape, logits.device
-    expect("logits", logits, (rows, classes), FLOATS, device)
-    images = len(target)
+    device = logits.device
+    expect("logits", logits, (None, None), FLOATS, device)
+    rows, classes = logits.shape
     if target.ndim == 2:
         expect("target", target, (None, classes), FLOATS, device)
     else:
         expect("target", target, (None,), (torch.int64,), device)
+    images = len(target)
     if rows % max(images, 1) or (rows and not images):
         raise ValueError(f"target must have a number of rows that divides the {rows} of logits; got {images}")
     if coefficient is not None:

@@ -13,13 +13,14 @@ def masked_cross_entropy(logits: Tensor, target: Tensor, coefficient: Tensor | N
     exact = logits if logits.dtype == torch.float64 else logits.float()
     if offset is not None:
         exact = exact + offset
-    if coefficient is None:
+    if coefficient is None and len(logits):
         return cross_entropy(exact, target.repeat(views, *(1 for _ in target.shape[1:])))
-    coefficient = coefficient.to(exact.dtype).repeat(views)  # [R]
+    coefficient = exact.new_zeros(0) if coefficient is None else coefficient.to(exact.dtype).repeat(views)  # [R]
     kept = coefficient != 0
     exact = torch.where(kept.unsqueeze(1), exact, 0.0)
     if target.ndim == 2:
-        losses = -(target.to(exact.dtype).repeat(views, 1) * torch.log_softmax(exact, 1)).sum(1)
+        target = target.to(exact.dtype).repeat(views, 1)
+        losses = -torch.where(target != 0, target * torch.log_softmax(exact, 1), 0.0).sum(1)
     else:
         losses = cross_entropy(exact, target.repeat(views), reduction="none")
     return torch.where(kept, coefficient * losses, 0.0).sum() / max(len(logits), 1)

@@ -58,8 +58,9 @@ def pseudo_label(
     they are, bit for bit. Equal probabilities: the lower class. Raises ValueError for a wrong shape, type, device or
     option. Source: SeMi eq. 3, 8, 11 and spec 7.2.
     """
-    (rows, classes), device, floats = logits.shape, logits.device, FLOATS
-    expect("logits", logits, (rows, classes), floats, device)
+    device, floats = logits.device, FLOATS
+    expect("logits", logits, (None, None), floats, device)
+    rows, classes = logits.shape
     expect("balanced_logits", balanced_logits, (rows, classes), floats, device)
     expect("queries", queries, (rows, None), floats, device)
     expect("prototypes", prototypes, (classes, queries.shape[1]), floats, device)

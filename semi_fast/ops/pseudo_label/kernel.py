@@ -22,6 +22,13 @@ def row_softmax(z, real):
 
 
 @triton.jit
+def highest(x, real):
+    """(largest entry of a row, its place, the first of equals); a NaN counts for nothing: a row of them gives -1, 0."""
+    known = tl.where(real & (x == x), x, -1.0)
+    return tl.max(known, 0), tl.argmax(known, 0)
+
+
+@triton.jit
 def pseudo_label_kernel(
     logits_ptr,  # [U, C]
     balanced_logits_ptr,  # [U, C]
@@ -64,7 +71,7 @@ def pseudo_label_kernel(
     valid = real & (tl.load(valid_ptr + k, mask=real, other=0) != 0)
     weight = tl.where(valid, tl.load(mixing_ptr + k, mask=real, other=0.0).to(tl.float32), 0.0)
     probs = row_softmax((z - head_adjustment) / temperature, real)
-    linear_confidence = tl.max(tl.where(real, probs, -1.0), 0)
+    linear_confidence, predicted = highest(probs, real)
 
     squared = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for start in range(0, width, BLOCK_D):
@@ -79,7 +86,6 @@ def pseudo_label_kernel(
     vote = row_softmax(tl.where(any_valid, -tl.sqrt(squared) / prototype_temperature, 0.0), valid | ~any_valid)
     vote = tl.where(valid, vote, 0.0)
     if BY_PREDICTED:
-        predicted = tl.argmax(tl.where(real, probs, -1.0), 0)
         weight = tl.sum(tl.where(k == predicted, weight, 0.0), 0) + tl.zeros((BLOCK_C,), dtype=tl.float32)
     mixed = (1 - weight) * probs + weight * vote
     if RENORMALIZE:
@@ -87,8 +93,7 @@ def pseudo_label_kernel(
         mixed = tl.where(some, mixed / tl.sum(tl.where(real, mixed, 0.0), 0), mixed)
     tl.store(probs_ptr + row * classes + k, mixed, mask=real)
 
-    confidence = tl.max(tl.where(real, mixed, -1.0), 0)
-    label = tl.argmax(tl.where(real, mixed, -1.0), 0)
+    confidence, label = highest(mixed, real)
     linear_mask = linear_confidence >= threshold
     mixed_mask = confidence >= threshold
     mask = (linear_mask & LINEAR_MASK) | (mixed_mask & MIXED_MASK)
@@ -102,14 +107,15 @@ def pseudo_label_kernel(
     tl.store(hardness_ptr + row, 1 - scale + scale * entropy)
     tl.atomic_add(counts_ptr + label, 1, mask=mask)  # whole numbers: their order does not matter
 
-    adjusted = tl.where(real, row_softmax((z - adjustment) / temperature, real), -1.0)
+    adjusted_confidence, adjusted_label = highest(row_softmax((z - adjustment) / temperature, real), real)
     own = tl.load(balanced_logits_ptr + row * classes + k, mask=real, other=0.0).to(tl.float32)
     if OR_BALANCED:
-        own_confidence = tl.max(row_softmax(own / temperature, real), 0)
-        adjusted_mask = (tl.max(adjusted, 0) >= threshold) | (own_confidence >= threshold)
+        own_confidence, _ = highest(row_softmax(own / temperature, real), real)
+        adjusted_mask = (adjusted_confidence >= threshold) | (own_confidence >= threshold)
     else:
-        adjusted_mask = tl.max(row_softmax((own - adjustment) / temperature, real), 0) >= threshold
-    tl.store(adjusted_label_ptr + row, tl.argmax(adjusted, 0).to(tl.int64))
+        own_confidence, _ = highest(row_softmax((own - adjustment) / temperature, real), real)
+        adjusted_mask = own_confidence >= threshold
+    tl.store(adjusted_label_ptr + row, adjusted_label.to(tl.int64))
     tl.store(adjusted_mask_ptr + row, adjusted_mask)
 
 
