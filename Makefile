@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS ?= dev
 
 .PHONY: demo test check clean
 .DELETE_ON_ERROR:
@@ -14,7 +15,7 @@ $(VENV)/.run-installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.run-installed
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(VENV)/.run-installed  ## three methods on the bundled digits, compared on one page

@@ -5,30 +5,49 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from semi_fast.data_prep.formats import Formats
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.data_prep.prepare import (
     DIGITS_RESOLUTION,
     FOLDER_RESOLUTION,
+    STL10_RESOLUTION,
     prepare_cifar10,
     prepare_cifar100,
     prepare_digits,
     prepare_folder,
+    prepare_imagenet127,
+    prepare_stl10,
 )
+from semi_fast.data_prep.subset import prepare_subset
 from semi_fast.manifest import Manifest, Split, load_manifest, load_split, save_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
 
-DATASETS = ("cifar10", "cifar100", "folder", "digits")
+DATASETS = ("cifar10", "cifar100", "stl10", "imagenet127", "folder", "digits")
 NAME_LIMIT_BYTES = 200
 SHOWN_DIGEST = 12
 
 
-def prepare(*, dataset: str, out: str | Path, raw: str | Path | None = None, resolution: int | None = None) -> None:
-    """`semi-fast prepare DATASET [--raw RAW] --out OUT [--resolution R]`."""
+def prepare(
+    *,
+    dataset: str,
+    out: str | Path,
+    raw: str | Path | None = None,
+    resolution: int | None = None,
+    formats: str = "resident",
+    image_format: str = "raw",
+    quality: int = 95,
+    **split_options: Any,
+) -> None:
+    """`semi-fast prepare DATASET [--raw RAW] --out OUT [--resolution R] [--formats F,F] [keys of a split]`.
+
+    With keys of a split the data set holds that split's rows alone, and the split.
+    """
     if dataset not in DATASETS:
         raise ValueError(f"prepare knows {', '.join(DATASETS)}; got {dataset!r}")
     if (raw is None) != (dataset == "digits"):
@@ -36,21 +55,32 @@ def prepare(*, dataset: str, out: str | Path, raw: str | Path | None = None, res
         raise ValueError(f"prepare {dataset} {rule}; got {raw or 'none'}")
     if resolution is not None and dataset in ("cifar10", "cifar100"):
         raise ValueError(f"prepare {dataset} keeps the published 32x32 pixels; leave out --resolution {resolution}")
-    if dataset == "digits":
-        manifest = prepare_digits(Path(out), resolution=DIGITS_RESOLUTION if resolution is None else resolution)
-    else:
+    if raw is not None and not Path(raw).is_dir():
+        raise ValueError(f"--raw must be a directory; {raw} is not")
+    chosen, split_config = Formats(tuple(formats.split(",")), image_format, quality), SplitConfig(**split_options)
+
+    def whole(target: Path, formats: Formats) -> Manifest:
+        if dataset == "digits":
+            return prepare_digits(target, DIGITS_RESOLUTION if resolution is None else resolution, formats)
         assert raw is not None
         folder = Path(raw)
-        if not folder.is_dir():
-            raise ValueError(f"--raw must be a directory; {folder} is not")
         if dataset == "cifar10":
-            manifest = prepare_cifar10(folder, Path(out))
-        elif dataset == "cifar100":
-            manifest = prepare_cifar100(folder, Path(out))
-        else:
-            size = FOLDER_RESOLUTION if resolution is None else resolution
-            manifest = prepare_folder(folder, Path(out), resolution=size)
+            return prepare_cifar10(folder, target, formats)
+        if dataset == "cifar100":
+            return prepare_cifar100(folder, target, formats)
+        if dataset == "stl10":
+            return prepare_stl10(folder, target, STL10_RESOLUTION if resolution is None else resolution, formats)
+        if dataset == "imagenet127":
+            return prepare_imagenet127(folder, target, resolution, formats)
+        return prepare_folder(folder, target, FOLDER_RESOLUTION if resolution is None else resolution, formats)
+
+    if split_config == SplitConfig():
+        manifest = whole(Path(out), chosen)
+    else:
+        manifest = prepare_subset(whole, split_config, Path(out), chosen)
     _print_data(manifest)
+    if "subset" in manifest.source:
+        print(f"note: a subset of ImageNet-127, {manifest.source['subset']}", file=sys.stderr)
     repeated = manifest.source["repeated_test_images"]
     if repeated:
         print(f"warning: {repeated} test images have the pixels of a train or unlabeled image", file=sys.stderr)

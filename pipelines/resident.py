@@ -12,16 +12,9 @@ from semi_fast.manifest import Manifest
 class ResidentSource:
     """uint8 [samples, H, W, 3]: the rows of `train`, then those of `unlabeled`."""
 
-    def __init__(self, manifest: Manifest, device: torch.device):
+    def __init__(self, manifest: Manifest, device: torch.device, description: str):
+        self.description = description
         parts = [manifest.verified_images(part) for part in ("train", "unlabeled")]
-        needed = sum(part.nbytes for part in parts)
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-            if needed > free:
-                raise RuntimeError(
-                    f"data.source=resident needs {needed / 2**30:.1f} GiB of device memory for the pixels; "
-                    f"{free / 2**30:.1f} GiB are free: use a smaller resolution or another device"
-                )
         self.images = torch.empty(sum(map(len, parts)), *manifest.resolution, 3, dtype=torch.uint8, device=device)
         start = 0
         for part in parts:
@@ -29,6 +22,9 @@ class ResidentSource:
                 self.images[start : start + len(rows)].copy_(torch.from_numpy(np.array(rows)))
                 start += len(rows)
 
-    def read(self, ids: Tensor, out: Tensor) -> None:
+    def read(self, step: int, ids: Tensor, out: Tensor) -> None:
         """See `source.Source`."""
         torch.index_select(self.images, 0, ids, out=out)
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from semi_fast import __version__
 from semi_fast.errors import EXPECTED, exit_code, one_line
@@ -121,25 +121,24 @@ def make_parser() -> argparse.ArgumentParser:
 
     command("train", "train as a configuration says (all its keys: semi-fast train --help)")
     prepare = command("prepare", "turn raw data into a prepared data set")
-    prepare.add_argument("dataset", choices=["cifar10", "cifar100", "folder", "digits"])
+    prepare.add_argument("dataset", choices=["cifar10", "cifar100", "stl10", "imagenet127", "folder", "digits"])
     prepare.add_argument("--raw", metavar="DIR", help="the raw data, as published or train/<class>/*, test/<class>/*")
     prepare.add_argument("--out", required=True, metavar="DIR", help="where the prepared data set goes")
-    prepare.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images (folder, digits)")
+    prepare.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images (not of CIFAR)")
+
+    prepare.add_argument(
+        "--formats", default="resident", metavar="F,F", help="of resident, ffcv, dali; default: resident"
+    )
+    prepare.add_argument(
+        "--image-format", choices=["raw", "png", "jpeg"], default="raw", help="in DALI's shards; jpeg loses"
+    )
+    prepare.add_argument("--quality", type=int, default=95, help="of jpeg, 1..100")
+    add_split_flags(prepare.add_argument_group("a split, whose rows alone are then prepared"))
 
     split = command("split", "write a hashed split file: labeled, unlabeled and validation samples")
     split.add_argument("data", metavar="DATA")
     split.add_argument("--name", required=True, help="the file is DATA/splits/NAME.json")
-    split.add_argument("--labeled-max", type=int, metavar="N1", help="labeled images of the largest class")
-    split.add_argument("--unlabeled-max", type=int, metavar="M1", help="unlabeled images of the largest class")
-    split.add_argument("--imbalance-labeled", type=float, default=1.0, metavar="G", help="largest over smallest class")
-    split.add_argument(
-        "--imbalance-unlabeled", type=float, default=1.0, metavar="G", help="largest over smallest class"
-    )
-    split.add_argument("--unlabeled-shape", choices=["consistent", "uniform", "reversed"], default="consistent")
-    split.add_argument("--rule", choices=["semi", "daso", "cossl", "usb"], default="semi", help="whose protocol")
-    split.add_argument("--labeled-fraction", type=float, metavar="F", help="labeled share of every class; not with N1")
-    split.add_argument("--validation-per-class", type=int, default=0, metavar="V")
-    split.add_argument("--seed", type=int, default=0)
+    add_split_flags(split)
 
     inspect = command("inspect", "print classes, counts and splits of a prepared data set")
     inspect.add_argument("data", metavar="DATA")
@@ -157,10 +156,26 @@ def make_parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--data", metavar="DATA", help="the prepared data set; default: the cell's data.path")
     reproduce.add_argument("--out", metavar="DIR", help="where the runs go; default: runs/paper/CELL")
     reproduce.epilog = "Further flags are keys of the configuration, --key=value; what they change is said."
+    command("doctor", "say what is installed, what is missing, and the command that mends it")
     report = command("report", "write one page over one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.add_argument("--out", metavar="FILE", help="default: report.html in the run, or in the folder of the first")
     return parser
+
+
+def add_split_flags(parser: Any) -> None:
+    """The keys of a split as flags."""
+    parser.add_argument("--labeled-max", type=int, metavar="N1", help="labeled images of the largest class")
+    parser.add_argument("--unlabeled-max", type=int, metavar="M1", help="unlabeled images of the largest class")
+    parser.add_argument("--imbalance-labeled", type=float, default=1.0, metavar="G", help="largest over smallest class")
+    parser.add_argument(
+        "--imbalance-unlabeled", type=float, default=1.0, metavar="G", help="largest over smallest class"
+    )
+    parser.add_argument("--unlabeled-shape", choices=["consistent", "uniform", "reversed"], default="consistent")
+    parser.add_argument("--rule", choices=["semi", "daso", "cossl", "usb"], default="semi", help="whose protocol")
+    parser.add_argument("--labeled-fraction", type=float, metavar="F", help="labeled share of every class; not with N1")
+    parser.add_argument("--validation-per-class", type=int, default=0, metavar="V")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def run_command(argv: list[str]) -> int:
@@ -177,6 +192,11 @@ def run_command(argv: list[str]) -> int:
         return run_reproduce(others, **arguments)
     if others:
         raise ValueError(f"{name} does not take {' '.join(others)}; see semi-fast {name} --help")
+    if name == "doctor":
+        from semi_fast.doctor import doctor
+
+        doctor()
+        return 0
     if name == "demo":
         from semi_fast.demo import demo
 

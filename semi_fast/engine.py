@@ -39,7 +39,7 @@ class Engine:
         self,
         config: Config,
         program: TrainStep,
-        read: Callable[[Tensor, Tensor], None],
+        read: Callable[[int, Tensor, Tensor], None],
         batches: Batches,
         *,
         layout: RowLayout,
@@ -55,7 +55,8 @@ class Engine:
         meta: dict[str, Any],
         track: Callable[[dict[str, float], int], None],
     ):
-        """`read` is a source's; `labels` int64 [samples], -1 unless labeled; `metrics` None but on the main process."""
+        """`read` is a source's, of (step, ids, out); `labels` int64 [samples], -1 unless labeled; `metrics` None but on
+        the main process."""
         self.config, self.program, self.read, self.batches = config, program, read, batches
         self.layout, self.labels, self.interval, self.eval_sets = layout, labels, interval, eval_sets
         self.labeled_counts, self.plain_view = labeled_counts, plain_view
@@ -91,7 +92,7 @@ class Engine:
         """Rows in, one step done, its scalars added to the interval."""
         torch.manual_seed((self.config.seed * 1_000_003 + step * 1009 + self.batches.rank) % 2**63)  # for dropout
         ids, visits = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in self.batches.share(step))
-        self.read(ids, self.images)
+        self.read(step, ids, self.images)
         rows = Rows(self.images, ids, visits, self.labels[ids[: self.layout.labeled]], self.layout)
         report = self.program(rows)
         pending = report.pending

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,10 +33,14 @@ class Manifest:
     counts: dict[str, tuple[int, ...] | int]
     """`train` and `test`: images per class; `unlabeled`: their number, 0 when there are none."""
     files: dict[str, dict[str, Any]]
-    """Relative path -> bytes, sha256, shape, dtype."""
+    """Arrays: relative path -> bytes, sha256, shape, dtype; what the data set is, whatever formats hold it."""
     source: dict[str, Any]
     command: str
     versions: dict[str, str]
+    resident: bool = True
+    """Whether the arrays of images are on the disk; if not, containers hold the pixels."""
+    containers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Files of other formats: relative path -> format, part, rows, bytes, sha256, and more by format."""
     sha256: str = ""
     """Digest of the canonical JSON of everything in the file but itself."""
 
@@ -57,6 +61,8 @@ class Manifest:
 
     def images(self, part: str) -> np.ndarray:
         """uint8 [n, H, W, 3] of `train`, `test` or `unlabeled`, memory-mapped and read-only."""
+        if not self.resident:
+            raise ValueError(f"{self.root} was prepared without the format resident; prepare it with that format too")
         if self.length(part) == 0:
             return np.zeros((0, *self.resolution, 3), np.uint8)
         return _open_array(self, images_file(part))
@@ -134,8 +140,10 @@ def load_manifest(root: str | Path) -> Manifest:
 def verify_manifest(manifest: Manifest) -> None:
     """Re-hash every file; ValueError names the first that is not what the manifest says."""
     load_manifest(manifest.root)
-    for name in sorted(manifest.files):
+    for name in sorted(_kept(manifest)):
         _check_content(manifest, name)
+    for name in sorted(manifest.containers):
+        check_container(manifest, name)
 
 
 def seal_split(split: Split) -> Split:
@@ -249,6 +257,8 @@ def _parsed(root: Path, document: dict[str, Any]) -> Manifest:
         source=dict(document["source"]),
         command=str(document["command"]),
         versions=dict(document["versions"]),
+        resident=bool(document.get("resident", True)),
+        containers={name: dict(entry) for name, entry in document.get("containers", {}).items()},
         sha256=document["sha256"],
     )
 
@@ -277,8 +287,31 @@ def _check_files(manifest: Manifest) -> None:
         raise ValueError("its files do not fit its counts")
 
 
+def _kept(manifest: Manifest) -> list[str]:
+    """The arrays that are on the disk."""
+    return [name for name in manifest.files if manifest.resident or name.endswith("_labels.npy")]
+
+
+def formats(manifest: Manifest) -> tuple[str, ...]:
+    """The formats that hold the pixels, `resident` first."""
+    names = {entry["format"] for entry in manifest.containers.values()}
+    return (*(["resident"] if manifest.resident else []), *sorted(names))
+
+
+def check_container(manifest: Manifest, name: str) -> Path:
+    """The path of a container whose size and SHA-256 are those of the manifest; ValueError otherwise."""
+    path, entry = manifest.root / name, manifest.containers[name]
+    if not path.is_file():
+        raise ValueError(f"{path}: named by the manifest, but missing; prepare again")
+    if path.stat().st_size != entry["bytes"]:
+        raise ValueError(f"{path}: must have {entry['bytes']} bytes, has {path.stat().st_size}; prepare again")
+    if file_sha256(path) != entry["sha256"]:
+        raise ValueError(f"{path}: content differs from its SHA-256 in the manifest; prepare again")
+    return path
+
+
 def _check_arrays(manifest: Manifest) -> None:
-    for name in manifest.files:
+    for name in _kept(manifest):
         _open_array(manifest, name)
     for part in ("train", "test"):
         labels, classes = manifest.labels(part), manifest.num_classes

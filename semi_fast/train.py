@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from semi_fast.models import make_classifier
 from semi_fast.models.sync_batch_norm import synchronise_batch_norm
 from semi_fast.philox import ORDER_LABELED
 from semi_fast.pipelines.augment import Augmenter
-from semi_fast.pipelines.source import open_source
+from semi_fast.pipelines.source import open_source, read_part
 from semi_fast.report import write_report
 from semi_fast.rundir import checkpoint_to_resume, claimed, run_dir_of
 from semi_fast.sampling import Batches, Stream
@@ -62,9 +63,11 @@ def run(config: Config) -> dict[str, Any]:
         saved = checkpoint_to_resume(
             run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")
         )
-        engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta)
-        accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
-        with claimed(run_dir) if accelerator.is_main_process else nullcontext():
+        with ExitStack() as stack:
+            engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
+            accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
+            if accelerator.is_main_process:
+                stack.enter_context(claimed(run_dir))
             return conduct(engine, config, manifest, split, accelerator, run_dir=run_dir, saved=saved)
     finally:
         accelerator.end_training()
@@ -86,9 +89,16 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> tup
 
 
 def build(
-    config: Config, manifest: Manifest, split: Split, accelerator: Accelerator, *, run_dir: Path, meta: dict[str, Any]
+    config: Config,
+    manifest: Manifest,
+    split: Split,
+    accelerator: Accelerator,
+    *,
+    run_dir: Path,
+    meta: dict[str, Any],
+    stack: ExitStack,
 ) -> Engine:
-    """Every part of the run, in memory; nothing is written."""
+    """Every part of the run, in memory; nothing is written. `stack` ends what must be ended."""
     device, precision, main = accelerator.device, config.precision, accelerator.is_main_process
     method = make_method(config.method, steps=config.optim.steps, seed=config.seed)
     layout, batches = divided(config, split, method.needs, accelerator)
@@ -103,16 +113,20 @@ def build(
         dtype=VIEWS.get(precision, torch.float32),
     )
     labels, truth = label_tables(manifest, split)
+    threads = config.data.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes)
+    source = open_source(config.data.source, manifest, device, lambda step: batches.share(step).ids, threads=threads)
+    stack.callback(source.close)
+    accelerator.print(f"source: {source.description}")
     return Engine(
         config,
         TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision),
-        open_source(config.data.source, manifest, device).read,
+        source.read,
         batches,
         layout=layout,
         resolution=manifest.resolution,
         labels=labels.to(device),
         interval=Interval(truth.to(device), manifest.num_classes),
-        eval_sets=eval_sets(manifest, split, device),
+        eval_sets=eval_sets(manifest, split, device, threads=threads),
         labeled_counts=split.labeled_counts,
         plain_view=augmenter.plain,
         metrics=runlog.MetricsFile(run_dir / "metrics.jsonl") if main else None,
@@ -250,15 +264,18 @@ def label_tables(manifest: Manifest, split: Split) -> tuple[torch.Tensor, torch.
     return labels, truth
 
 
-def eval_sets(manifest: Manifest, split: Split, device: torch.device) -> list[EvalSet]:
+def eval_sets(manifest: Manifest, split: Split, device: torch.device, *, threads: int) -> list[EvalSet]:
     """The test set, and the validation images where the split holds some out."""
 
     def on_device(array: Any) -> torch.Tensor:
         return torch.from_numpy(array.copy()).to(device)
 
-    sets = [EvalSet("test", on_device(manifest.verified_images("test")), on_device(manifest.labels("test")))]
+    sets = [
+        EvalSet("test", on_device(read_part(manifest, "test", threads=threads)), on_device(manifest.labels("test")))
+    ]
     if len(split.validation):
-        images, labels = manifest.images("train")[split.validation], manifest.labels("train")[split.validation]
+        images = read_part(manifest, "train", threads=threads, rows=split.validation)
+        labels = manifest.labels("train")[split.validation]
         sets.append(EvalSet("validation", on_device(images), on_device(labels)))
     return sets
 

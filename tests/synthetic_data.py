@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import struct
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from semi_fast.manifest import Manifest
 Sets = dict[str, tuple[np.ndarray, np.ndarray]]
 
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+IMAGENET127 = Path(__file__).resolve().parents[1] / "data_prep" / "imagenet127.json"
 CIFAR100_NAMES = tuple(f"fine_{k:02d}" for k in range(100))
 
 
@@ -145,6 +148,81 @@ def write_image_folder(
         (root / "unlabeled" / "deep").mkdir(parents=True)
         for i, image in enumerate(images_of(np.arange(unlabeled) % len(classes), side, seed + 2000)):
             Image.fromarray(image).save(root / "unlabeled" / ("deep" if i % 2 else ".") / f"{i:04d}.png")
+    return root
+
+
+def stl10_sets(counts: dict[str, int], seed: int = 0) -> Sets:
+    """What `write_stl10` writes: {part: (uint8 [n, 96, 96, 3], int64 [n] in 0..9)}."""
+    sets: Sets = {}
+    for part, n in counts.items():
+        labels = np.random.default_rng(seed).permutation(np.arange(n) % 10)
+        sets[part] = images_of(labels, 96, seed + len(sets)), labels
+    return sets
+
+
+def write_stl10(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """`root/stl10_binary`; images as channels of columns, labels from 1; returns `root`."""
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    for part, (images, labels) in stl10_sets(counts, seed).items():
+        images.transpose(0, 3, 2, 1).tofile(folder / f"{part}_X.bin")
+        if part != "unlabeled":
+            (labels + 1).astype(np.uint8).tofile(folder / f"{part}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(STL10_NAMES) + "\n")
+    (folder / "fold_indices.txt").write_text("0 1 2\n")
+    return root
+
+
+def imagenet_batches(side: int, seed: int = 0) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(file, uint8 [n, side, side, 3], labels in 1..1000): each synset twice in the train batches, once in val_data."""
+    rng = np.random.default_rng(seed)
+    train = np.array_split(rng.permutation(np.arange(2000) % 1000), 10)
+    for i, synsets in enumerate((*train, rng.permutation(1000))):
+        name = f"train_data_batch_{i + 1}" if i < 10 else "val_data"
+        yield name, images_of(synsets, side, seed + i), synsets + 1
+
+
+def write_imagenet_batches(root: Path, side: int = 8, seed: int = 0, *, npz: bool = False, protocol: int = 3) -> Path:
+    """Downsampled ImageNet: `root/Imagenet<side>_train*/train_data_batch_*`, `root/Imagenet<side>_val*/val_data`."""
+    for name, images, labels in imagenet_batches(side, seed):
+        folder = root / f"Imagenet{side}_{name.split('_')[0]}{'_npz' if npz else ''}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows, mean = rows_chw(images), rows_chw(images).mean(axis=0)
+        if npz:
+            np.savez(folder / f"{name}.npz", data=rows, labels=labels, mean=mean)
+        else:
+            batch = {"data": rows, "labels": labels.tolist()} | ({} if name == "val_data" else {"mean": mean})
+            (folder / name).write_bytes(pickle.dumps(batch, protocol=protocol))
+    return root
+
+
+def write_ilsvrc(
+    root: Path,
+    folders: tuple[str, ...] = ("n01440764", "n02119789", "n02120079"),
+    per_class: int = 3,
+    seed: int = 0,
+    *,
+    val: str = "folders",
+    size: tuple[int, int] = (48, 40),
+) -> Path:
+    """JPEG files under `root/train/<synset>/` and, one for each, `root/val/`: folders, ground_truth or solution."""
+    synsets = [row[0] for row in json.loads(IMAGENET127.read_text())["synsets"]]
+    named = []
+    for part, n, key in (("train", per_class, seed), ("val", 1, seed + 1000)):
+        for i, image in enumerate(images_of(np.repeat(np.arange(len(folders)), n), size[0], key)):
+            wnid = folders[i // n]
+            flat = part == "val" and val != "folders"
+            name = f"ILSVRC2012_val_{i + 1:08d}" if part == "val" else f"{wnid}_{i}"
+            folder = root / part / ("" if flat else wnid)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[: size[1]]).save(folder / f"{name}.JPEG", quality=95)
+            named += [(name, wnid)] if flat else []
+    if val == "ground_truth":
+        lines = [f"{synsets.index(wnid) + 1}\n" for _, wnid in named]
+        (root / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(lines))
+    elif val == "solution":
+        lines = [f"{name},{wnid} 85 1 499 272 {wnid} 1 2 3 4 \n" for name, wnid in reversed(named)]
+        (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(lines))
     return root
 
 

@@ -139,10 +139,10 @@ def test_an_existing_directory_is_only_taken_when_empty(tmp_path: Path, monkeypa
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def meanwhile(*arguments: object) -> object:
+    def meanwhile(*arguments: object, **options: object) -> object:
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "theirs").write_text("")
-        return written(*arguments)  # type: ignore[arg-type]
+        return written(*arguments, **options)  # type: ignore[arg-type]
 
     written = prepare.write_resident
     monkeypatch.setattr(prepare, "write_resident", meanwhile)
@@ -291,7 +291,7 @@ def test_verify_covers_the_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": "mnist", "raw": "x"}, "prepare knows cifar10, cifar100, folder, digits; got 'mnist'"),
+        ({"dataset": "mnist", "raw": "x"}, "cifar10, cifar100, stl10, imagenet127, folder, digits; got 'mnist'"),
         ({"dataset": "cifar10"}, "cifar10 needs --raw"),
         ({"dataset": "digits", "raw": "x"}, "takes no --raw"),
         ({"dataset": "cifar100", "raw": "x", "resolution": 64}, "leave out --resolution 64"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from .libraries import needs
 from .tiny import ARGUMENTS
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "semi_fast.train"]
@@ -63,6 +64,19 @@ def test_two_processes_equal_one(one: Path, digits: Path, tmp_path: Path) -> Non
             assert b["terms"] == pytest.approx(a["terms"], rel=1e-11)
         else:
             assert a["heads"] == b["heads"]
+
+
+def test_two_processes_with_a_container_each_equal_one_in_memory(one: Path, tmp_path: Path) -> None:
+    """Every process reads its own rows of `.beton` files."""
+    from semi_fast.cli import main
+
+    needs("ffcv")
+    assert main(["prepare", "digits", "--out", str(tmp_path / "data"), "--formats", "ffcv"]) == 0
+    done = train(LAUNCH, tmp_path / "data", tmp_path / "two", "--data.source=ffcv", "--data.threads=1")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = outcome(one)[0], outcome(tmp_path / "two")[0]
+    assert greatest_difference(ours, theirs) < 1e-11
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if not ours[name].is_floating_point())
 
 
 def test_the_switches_that_speak_across_processes_too(digits: Path, tmp_path: Path) -> None:

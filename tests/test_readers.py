@@ -112,7 +112,7 @@ def test_a_pickle_that_asks_for_more_than_arrays_is_refused_and_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     content, reason = NOT_A_BATCH[name]
-    message = rf"^some/batch: damaged, truncated or not a CIFAR batch \(.*({reason}).*\); get the file again$"
+    message = rf"^some/batch: damaged, truncated or not a pickled batch \(.*({reason}).*\); get the file again$"
     with pytest.raises(ValueError, match=message):
         load_dict(Path("some/batch"), content)
     assert list(tmp_path.iterdir()) == []

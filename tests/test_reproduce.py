@@ -299,8 +299,8 @@ def test_what_cannot_be_reproduced_gets_one_line(
     refused(capsys, CELL.replace("semi", "fixmatch_darp"), "prints 74.5 ± 0.78", "not have the method FixMatch w/DARP")
     refused(capsys, CELL, "data/cifar10 holds no", "semi-fast prepare cifar10 --raw RAW --out data/cifar10")
     refused(capsys, f"{CELL} --data 'my data'", "semi-fast prepare cifar10 --raw RAW --out 'my data'")
-    refused(capsys, "table2/semi/stl10_lt/n150_g10", "data/stl10", "cannot prepare stl10")
-    refused(capsys, "table4/semi/imagenet127_64/labels10", "data/imagenet127_64", "cannot prepare imagenet127")
+    refused(capsys, "table2/semi/stl10_lt/n150_g10", "data/stl10", "prepare stl10 --raw RAW --resolution 32 --out")
+    refused(capsys, "table4/semi/imagenet127_64/labels10", "data/imagenet127_64", "--resolution 64 --out")
     refused(capsys, f"{CELL} --data {digits}", "--data must hold cifar10, 10 classes at 32x32", "holds digits")
     for seeds in ("0,0", "a", "1,,2", "-1", "0.5"):
         refused(capsys, f"{CELL} --seeds={seeds}", "--seeds must be different whole numbers", seeds)

@@ -25,3 +25,5 @@ class Raw:
     """Filled at the latest when `blocks` is exhausted."""
     statistics: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
     """Published mean and std of pixels / 255; None: computed on train."""
+    scratch_bytes: int = 0
+    """Disk space that reading `blocks` takes beside the output until it ends."""

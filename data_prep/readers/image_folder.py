@@ -14,7 +14,7 @@ import struct
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def read_image_folder(raw: Path, resolution: int) -> Raw:
     classes = {part: _class_files(raw, folder) for part, folder in (("train", raw / "train"), ("test", test))}
     names = tuple(classes["train"])
     if differing := sorted(set(names) ^ set(classes["test"])):
-        raise ValueError(f"train/ and {test.name}/ must hold the same classes; they differ in {_listed(differing)}")
+        raise ValueError(f"train/ and {test.name}/ must hold the same classes; they differ in {listed(differing)}")
     files = {part: [path for k in names for path in of_class[k]] for part, of_class in classes.items()}
     labels = {p: np.repeat(np.arange(len(names)), [len(c[k]) for k in names]) for p, c in classes.items()}
     files["unlabeled"] = _unlabeled_files(raw)
@@ -65,6 +65,16 @@ def read_image_folder(raw: Path, resolution: int) -> Raw:
 
 def decode(content: bytes, resolution: int) -> np.ndarray:
     """uint8 [resolution, resolution, 3] of one encoded image; ValueError says why it is refused."""
+    rgb = open_rgb(content)
+    width, height = rgb.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    size, box = (resolution, resolution), (left, top, left + side, top + side)
+    return np.asarray(rgb.resize(size, Image.Resampling.BICUBIC, box=box))
+
+
+def open_rgb(content: bytes) -> Image.Image:
+    """The whole image, upright, as 8-bit RGB over black; ValueError says why it is refused."""
     with Image.open(io.BytesIO(content), formats=_formats()) as image:
         width, height = image.size
         if width * height > PIXEL_LIMIT:
@@ -78,11 +88,7 @@ def decode(content: bytes, resolution: int) -> np.ndarray:
         if "A" in upright.mode or "transparency" in upright.info:
             rgba = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
-        rgb, (width, height) = upright.convert("RGB"), upright.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        size, box = (resolution, resolution), (left, top, left + side, top + side)
-        return np.asarray(rgb.resize(size, Image.Resampling.BICUBIC, box=box))
+        return upright.convert("RGB")
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -105,29 +111,37 @@ def _blocks(
     raw: Path, files: dict[str, list[Path]], resolution: int, source: dict[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Decodes on every core; ValueError at the end names what failed. Puts the digest of all files into `source`."""
-    digest, bad, bad_total = hashlib.sha256(), [], 0
+    digest, bad = hashlib.sha256(), []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for part, paths in files.items():
             for first in range(0, len(paths), BLOCK_IMAGES):
                 chunk = paths[first : first + BLOCK_IMAGES]
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # Pillow warns of what is refused here, or of harmless metadata
-                    decoded = list(pool.map(lambda path: _read(path, resolution), chunk))
+                    decoded = list(pool.map(lambda path: read_image(path, resolution, decode), chunk))
                 for path, (sha256, pixels) in zip(chunk, decoded, strict=True):
                     digest.update(os.fsencode(path.relative_to(raw)) + b"\0" + sha256)
                     if isinstance(pixels, str):
-                        bad_total += 1
-                        bad += [f"{str(path)!r}: {pixels}"] if len(bad) < SHOWN else []
+                        bad.append(f"{str(path)!r}: {pixels}")
                 if not bad:
                     yield part, np.stack([pixels for _, pixels in decoded])  # type: ignore[arg-type]
-    if bad:
-        more = f"; and {bad_total - len(bad)} more" if bad_total > len(bad) else ""
-        raise ValueError(f"{bad_total} files are no usable images, repair or remove them: {'; '.join(bad)}{more}")
+    check_usable(bad)
     source["sha256"] = digest.hexdigest()
 
 
-def _read(path: Path, resolution: int) -> tuple[bytes, np.ndarray | str]:
-    """SHA-256 of a file and its pixels, or why there are none."""
+def check_usable(bad: list[str]) -> None:
+    """ValueError for files that are no images; `bad` has a line for each."""
+    if bad:
+        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise ValueError(
+            f"{len(bad)} files are no usable images, repair or remove them: {'; '.join(bad[:SHOWN])}{more}"
+        )
+
+
+def read_image(
+    path: Path, resolution: int, decode: Callable[[bytes, int], np.ndarray]
+) -> tuple[bytes, np.ndarray | str]:
+    """SHA-256 of a file and what `decode` makes of it, or why it is refused."""
     content = b""
     try:
         size = path.stat().st_size
@@ -153,20 +167,20 @@ def _test_folder(raw: Path) -> Path:
 
 def _class_files(raw: Path, part: Path) -> dict[str, list[Path]]:
     """Class name -> its files, both sorted by name."""
-    folders = _visible(raw, part)
+    folders = visible(raw, part)
     stray = [path for path in folders if not path.is_dir()]
     if stray:
-        raise ValueError(f"{part} must hold one folder per class; {_listed(stray)} are files")
+        raise ValueError(f"{part} must hold one folder per class; {listed(stray)} are files")
     seen: dict[str, str] = {}
     for folder in folders:
         other = seen.setdefault(unicodedata.normalize("NFC", folder.name).casefold(), folder.name)
         if other != folder.name:
-            raise ValueError(f"{part}: class names must differ in more than case; {_listed([other, folder.name])}")
-    files = {folder.name: _visible(raw, folder) for folder in folders}
+            raise ValueError(f"{part}: class names must differ in more than case; {listed([other, folder.name])}")
+    files = {folder.name: visible(raw, folder) for folder in folders}
     for name, paths in files.items():
         if not paths:
             raise ValueError(f"{part / name}: class {name!r} has no image; add some or remove the class everywhere")
-        _check_regular(paths)
+        check_regular(paths)
     return files
 
 
@@ -176,7 +190,7 @@ def _unlabeled_files(raw: Path) -> list[Path]:
         return []
 
     def walk(folder: Path) -> Iterator[Path]:
-        for path in _visible(raw, folder):
+        for path in visible(raw, folder):
             if path.is_dir() and not path.is_symlink():
                 yield from walk(path)
             else:
@@ -185,16 +199,16 @@ def _unlabeled_files(raw: Path) -> list[Path]:
     paths = list(walk(raw / "unlabeled"))
     if not paths:
         raise ValueError(f"{raw / 'unlabeled'} holds no image; add some or remove it")
-    _check_regular(paths)
+    check_regular(paths)
     return paths
 
 
-def _visible(raw: Path, folder: Path) -> list[Path]:
+def visible(raw: Path, folder: Path) -> list[Path]:
     """What is in `folder`, sorted, without hidden entries; links must lead to something inside `raw`."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     outside = [p for p in paths if p.is_symlink() and not _leads_inside(p, raw)]
     if outside:
-        raise ValueError(f"links must lead to files inside {raw}; these do not: {_listed(outside)}")
+        raise ValueError(f"links must lead to files inside {raw}; these do not: {listed(outside)}")
     return paths
 
 
@@ -205,12 +219,12 @@ def _leads_inside(path: Path, raw: Path) -> bool:
         return False
 
 
-def _check_regular(paths: list[Path]) -> None:
+def check_regular(paths: list[Path]) -> None:
     odd = [path for path in paths if not stat.S_ISREG(path.stat().st_mode)]
     if odd:
-        raise ValueError(f"images must be regular files; {len(odd)} are folders or devices: {_listed(odd)}")
+        raise ValueError(f"images must be regular files; {len(odd)} are folders or devices: {listed(odd)}")
 
 
-def _listed(items: list[Any]) -> str:
+def listed(items: list[Any]) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(repr(str(item)) for item in items[:SHOWN]) + more

@@ -42,8 +42,8 @@ class Data:
     dataset: str
     classes: int
     resolution: int
-    prepare: str | None
-    """The command up to `--out`; None where this version cannot prepare it."""
+    prepare: str
+    """The command up to `--out`."""
 
 
 @dataclass(frozen=True)

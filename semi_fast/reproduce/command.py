@@ -125,11 +125,6 @@ def prepared(cell: Cell, root: Path) -> Manifest:
     """The prepared data set of the cell; ValueError with the command that makes it if it is not there."""
     data = cell.data
     if not (root / MANIFEST_FILE).is_file():
-        if data.prepare is None:
-            raise ValueError(
-                f"{root} holds no prepared data set, and this version cannot prepare {data.dataset}; "
-                "semi-fast reproduce --list shows the cells on other data"
-            )
         raise ValueError(
             f"{root} holds no prepared data set; make it from RAW, the published archive unpacked: "
             f"{data.prepare} {shlex.quote(str(root))}"

@@ -64,9 +64,8 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(config: Config) -> dict[str, Any]:
     """The part that decides the trained weights: what a resumed run must share."""
     kept = plain(config)
-    for key in ("run_dir", "resume", "log", "checkpoint", "device"):
+    for key in ("run_dir", "resume", "log", "checkpoint", "device", "data"):  # the data's digest stands for the last
         del kept[key]
-    del kept["data"]["path"]  # the manifest's digest stands for it
     return kept
 
 

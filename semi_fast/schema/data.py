@@ -12,8 +12,11 @@ class DataConfig:
 
     path: str = ""
     """Directory that `semi-fast prepare` wrote."""
-    source: Literal["auto", "resident"] = "auto"
-    """How rows reach the device: `resident` keeps all pixels in the memory of the training device."""
+    source: Literal["auto", "resident", "ffcv", "dali"] = "auto"
+    """How rows reach the device: from its own memory (resident; read ahead from the disk where they do not fit), or by
+    FFCV or DALI from their containers. `auto` is resident if it was prepared, else the container that there is."""
+    threads: int | None = None
+    """Threads that read and decode (ffcv, dali); empty: all cores, divided by the processes."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,229 @@
+"""ILSVRC-2012 as folders of images, `train/<synset>/*` and `val/`, each image resized whole to a square (Pillow's box).
+
+`val/` has the same folders, or the 50,000 files as published, whose labels then stand in one of `LABEL_LISTS`.
+A folder may also be named by a super-class (`n01861778`, `086_n01861778`), as in subsets that keep one for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from semi_fast import philox
+from semi_fast.data_prep.readers import Raw
+from semi_fast.data_prep.readers.image_folder import check_regular, check_usable, listed, open_rgb, read_image, visible
+from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, class_by_wnid, load_table, subset_note
+from semi_fast.data_prep.readers.kept_chunks import CHUNK_IMAGES, Decoded, KeptChunks, identity, scratch_bytes
+
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+SOLUTION = "LOC_val_solution.csv"
+LABEL_LISTS = (GROUND_TRUTH, f"ILSVRC2012_devkit_t12/data/{GROUND_TRUTH}", SOLUTION)
+LIST_LIMIT_BYTES = 2**26
+CHUNKS_AHEAD = 3  # for each process
+ORDER_KEY = 0
+
+
+def read_ilsvrc(raw: Path, resolution: int, kept: Path | None = None) -> Raw:
+    """Files in a fixed mixed order; names are checked here, pixels as `blocks` are read.
+
+    With `kept`, a path beside the output, what a killed run had decoded is taken from there.
+
+    Mixed, because a split takes the first images of a class: in the order of names they would all show one synset of
+    it. Classes without a folder are left out; that is said in the source.
+    """
+    train, val = _labeled(raw, "train"), _val_files(raw)
+    if differing := sorted({name for name, _ in train} ^ {name for name, _ in val}):
+        raise ValueError(f"{raw}: train/ and val/ must hold the same synsets; they differ in {listed(differing)}")
+    found = {"train": train, "test": val}
+    class_of, table = class_by_wnid(), load_table()
+    classes = {part: np.array([class_of[name] for name, _ in files]) for part, files in found.items()}
+    present, labels = np.unique(classes["train"], return_inverse=True)
+    order = {part: philox.shuffled(np.arange(len(files)), ORDER_KEY, philox.FILE_ORDER, 0)
+             for part, files in found.items()}  # fmt: skip
+    files = {part: [of_part[i][1] for i in order[part].tolist()] for part, of_part in found.items()}
+    test_labels = np.searchsorted(present, classes["test"])
+    source: dict[str, Any] = {
+        "reader": "ilsvrc folders",
+        "name": Path(os.path.abspath(raw)).name,
+        "files": sum(map(len, files.values())),
+    }
+    note = subset_note(len(labels), len(present))
+    source |= note
+    return Raw(
+        dataset="imagenet127",
+        class_names=tuple(table.class_names[k] for k in present),
+        resolution=(resolution, resolution),
+        labels={"train": labels[order["train"]].astype(np.int64), "test": test_labels[order["test"]]},
+        num_unlabeled=0,
+        blocks=_blocks(raw, files, resolution, source, kept),
+        source=source,
+        statistics=None if note else STATISTICS,
+        scratch_bytes=scratch_bytes(kept, source["files"], resolution) if kept else 0,
+    )
+
+
+def box_resized(content: bytes, resolution: int) -> np.ndarray:
+    """uint8 [resolution, resolution, 3] of one encoded image, its sides resized each on its own."""
+    return np.asarray(open_rgb(content).resize((resolution, resolution), Image.Resampling.BOX))
+
+
+def _labeled(raw: Path, part: str) -> list[tuple[str, str]]:
+    """(WordNet id, path under `raw`) of every file of `part`, sorted by name."""
+    folders = visible(raw, raw / part)
+    if stray := [path for path in folders if not path.is_dir()]:
+        raise ValueError(f"{raw / part} must hold one folder per synset; {listed(stray)} are files")
+    files: list[tuple[str, str]] = []
+    for folder in folders:
+        wnid, paths = _wnid(folder), visible(raw, folder)
+        if not paths:
+            raise ValueError(f"{folder}: holds no image; add some, or remove the folder from train/ and val/")
+        check_regular(paths)
+        files += [(wnid, os.path.join(part, folder.name, path.name)) for path in paths]
+    return files
+
+
+def _wnid(folder: Path) -> str:
+    match, classes = re.fullmatch(r"(?:(\d+)_)?(n\d{8})", folder.name), class_by_wnid()
+    if match is None or match[2] not in classes:
+        raise ValueError(f"{folder}: must be named by a synset of ILSVRC-2012 or a class of ImageNet-127 (n01440764)")
+    if match[1] is not None and int(match[1]) != classes[match[2]]:
+        raise ValueError(f"{folder}: {match[2]} belongs to class {classes[match[2]]}, not {match[1]}; rename it")
+    return match[2]
+
+
+def _val_files(raw: Path) -> list[tuple[str, str]]:
+    """As `_labeled`, of val/ with or without folders."""
+    if not (raw / "val").is_dir():
+        raise ValueError(f"--raw must hold train/ and val/; {raw} has no val/")
+    paths = visible(raw, raw / "val")
+    if any(path.is_dir() for path in paths):
+        return _labeled(raw, "val")
+    check_regular(paths)
+    lists = [raw / name for name in LABEL_LISTS if (raw / name).is_file()]
+    if not lists:
+        raise ValueError(
+            f"{raw / 'val'} must hold one folder per synset, or plain files with their labels in one of "
+            f"{', '.join(LABEL_LISTS)} under {raw}; it has no such list"
+        )
+    wnids = _listed_wnids(lists[0])
+    if unknown := [path for path in paths if path.stem not in wnids]:
+        raise ValueError(f"{lists[0]}: must name every image of val/; it lacks {listed(unknown)}")
+    if len(wnids) != len(paths):
+        raise ValueError(f"{raw / 'val'}: must hold the {len(wnids)} images of {lists[0].name}; it has {len(paths)}")
+    return [(wnids[path.stem], os.path.join("val", path.name)) for path in paths]
+
+
+def _listed_wnids(path: Path) -> dict[str, str]:
+    """Image name without extension -> WordNet id, from a list of labels."""
+    if path.stat().st_size > LIST_LIMIT_BYTES:
+        raise ValueError(f"{path}: must be at most {LIST_LIMIT_BYTES} bytes; it has {path.stat().st_size}")
+    lines, table = path.read_text(encoding="utf-8", errors="replace").split("\n"), load_table()
+    rows = [line.strip() for line in lines if line.strip()]
+    if path.name == SOLUTION:
+        cells = [row.replace(",", " ").split() for row in rows[1:]]  # a head; then image, synset and boxes
+        named = {cell[0]: cell[1] if len(cell) > 1 else "" for cell in cells}
+    else:
+        synsets = {str(label): wnid for label, wnid in enumerate(table.synsets, 1)}
+        named = {f"ILSVRC2012_val_{row:08d}": synsets.get(text, text) for row, text in enumerate(rows, 1)}
+    known = set(table.synsets)
+    if bad := [f"{name}: {wnid!r:.40}" for name, wnid in named.items() if wnid not in known]:
+        raise ValueError(f"{path}: must give a synset of each image; {len(bad)} are none ({'; '.join(bad[:5])})")
+    return named
+
+
+def _blocks(
+    raw: Path, files: dict[str, list[str]], resolution: int, source: dict[str, Any], kept: Path | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """ValueError at the end names what could not be decoded. Puts the digest of all files into `source`."""
+    digest, bad = hashlib.sha256(), []
+    with closing(_decoded(raw, files, resolution, kept)) as chunks:
+        for part, names, decoded in chunks:
+            for name, (sha256, pixels) in zip(names, decoded, strict=True):
+                digest.update(os.fsencode(name) + b"\0" + sha256)
+                if isinstance(pixels, str):
+                    bad.append(f"{str(raw / name)!r}: {pixels}")
+            if not bad:
+                yield part, np.stack([pixels for _, pixels in decoded])  # type: ignore[arg-type]
+    check_usable(bad)
+    source["sha256"] = digest.hexdigest()
+
+
+def _decoded(
+    raw: Path, files: dict[str, list[str]], resolution: int, kept: Path | None
+) -> Generator[tuple[str, list[str], Decoded], None, None]:
+    """(part, names, what became of them) in order, decoded on every core and a few chunks ahead of the reader.
+
+    The processes end with this generator and with their parent, however that ends. RuntimeError when one of them dies.
+    """
+    processes = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads that show progress
+    pending: deque[tuple[str, list[str], Callable[[], Decoded]]] = deque()
+    with ExitStack() as stack:
+        store = stack.enter_context(closing(KeptChunks(kept, resolution))) if kept else None
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        try:
+            for place, (part, names) in enumerate(_chunks(files)):
+                pending.append((part, names, _begun(pool, store, place, raw, names, resolution)))
+                if len(pending) > CHUNKS_AHEAD * processes:
+                    part, names, result = pending.popleft()
+                    yield part, names, result()
+            for part, names, result in pending:
+                yield part, names, result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that decodes images was ended, as happens when memory is short; try again"
+            ) from error
+
+
+def _chunks(files: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
+    for part, names in files.items():
+        for first in range(0, len(names), CHUNK_IMAGES):
+            yield part, names[first : first + CHUNK_IMAGES]
+
+
+def _begun(
+    pool: ProcessPoolExecutor, store: KeptChunks | None, place: int, raw: Path, names: list[str], resolution: int
+) -> Callable[[], Decoded]:
+    """Waits for the images when called; they are read from `store`, or decoded and put there."""
+    files = identity(raw, names, resolution) if store else b""
+    found = store.load(place, files, len(names)) if store else None
+    if found is not None:
+        return lambda: found
+    future = pool.submit(_decode_chunk, str(raw), names, resolution)
+
+    def result() -> Decoded:
+        decoded = future.result()
+        if store:
+            store.store(place, files, decoded)
+        return decoded
+
+    return result
+
+
+def _decode_chunk(raw: str, names: list[str], resolution: int) -> Decoded:
+    return [read_image(Path(raw, name), resolution, box_resized) for name in names]
+
+
+def _prepare_process() -> None:
+    """Of a decoding process: Ctrl-C is its parent's matter, and it does not outlive the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow warns of what is refused here, or of harmless metadata
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

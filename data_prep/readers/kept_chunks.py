@@ -1,0 +1,84 @@
+"""Decoded images kept in a file beside the output, so that a preparation that was killed does not decode them again."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import __version__ as pillow_version
+
+DIGEST_BYTES = 32
+CHUNK_IMAGES = 64
+
+Decoded = list[tuple[bytes, np.ndarray | str]]
+"""SHA-256 of each file, and its pixels or why there are none."""
+
+
+class KeptChunks:
+    """A locked file of slots, one for each chunk of files; a slot is whole or does not count.
+
+    It begins with a digest over names, sizes and times of the files, how they were decoded, and what the slot holds:
+    nothing need be synced, and whatever changed, was cut or never written is decoded again. The file goes with
+    `close`; only a kill leaves it.
+    """
+
+    def __init__(self, path: Path, resolution: int) -> None:
+        self.path = path
+        self.resolution = resolution
+        self.row_bytes = DIGEST_BYTES + 3 * resolution**2
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.file)
+            raise ValueError(f"{path}: held by another process that prepares the same --out; choose another") from None
+
+    def load(self, place: int, identity: bytes, images: int) -> Decoded | None:
+        """What the slot holds of the files with this identity; None if it does not."""
+        slot = os.pread(self.file, DIGEST_BYTES + images * self.row_bytes, self._offset(place))
+        digest, content = slot[:DIGEST_BYTES], slot[DIGEST_BYTES:]
+        if len(content) != images * self.row_bytes or digest != self._digest(identity, content):
+            return None
+        rows = np.frombuffer(content, np.uint8).reshape(images, self.row_bytes)
+        pixels = rows[:, DIGEST_BYTES:].reshape(images, self.resolution, self.resolution, 3)
+        return [(row[:DIGEST_BYTES].tobytes(), image) for row, image in zip(rows, pixels, strict=True)]
+
+    def store(self, place: int, identity: bytes, decoded: Decoded) -> None:
+        """Fill a slot; one with a file that is no image stays as it is."""
+        rows = [sha256 + pixels.tobytes() for sha256, pixels in decoded if not isinstance(pixels, str)]
+        if len(rows) == len(decoded):
+            content = b"".join(rows)
+            slot, done = self._digest(identity, content) + content, 0
+            while done < len(slot):
+                done += os.pwrite(self.file, slot[done:], self._offset(place) + done)
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.file)
+
+    def _offset(self, place: int) -> int:
+        return place * (DIGEST_BYTES + CHUNK_IMAGES * self.row_bytes)
+
+    def _digest(self, identity: bytes, content: bytes) -> bytes:
+        digest = hashlib.blake2b(identity, digest_size=DIGEST_BYTES)
+        digest.update(content)
+        return digest.digest()
+
+
+def identity(raw: Path, names: list[str], resolution: int) -> bytes:
+    """What decides the pixels of these files, without reading them."""
+    digest = hashlib.blake2b(f"box {resolution} {pillow_version}".encode(), digest_size=DIGEST_BYTES)
+    for name in names:
+        found = os.stat(raw / name)
+        digest.update(os.fsencode(name) + f"\0{found.st_size} {found.st_mtime_ns}\0".encode())
+    return digest.digest()
+
+
+def scratch_bytes(path: Path, images: int, resolution: int) -> int:
+    """Disk space that the file at `path` will take, beyond what it has already."""
+    slots = -(-images // CHUNK_IMAGES) + 1  # one more: parts end with chunks of their own
+    whole = slots * (DIGEST_BYTES + CHUNK_IMAGES * (DIGEST_BYTES + 3 * resolution**2))
+    return max(0, whole - (path.lstat().st_blocks * 512 if path.is_file() else 0))

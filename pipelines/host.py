@@ -1,0 +1,90 @@
+"""Sources with host I/O: the rows of the next step are fetched by a thread while this one is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semi_fast.manifest import Manifest
+
+PATIENCE_SECONDS = 120.0
+"""For the rows of one step; a first one may wait for compilers."""
+
+
+class HostRows(Protocol):
+    """Decodes rows of a step on the host."""
+
+    def fetch(self, step: int) -> np.ndarray:
+        """uint8 [n, H, W, 3] of the step; steps mostly come one after the other."""
+        ...
+
+    def close(self) -> None:
+        """End threads and let go of files."""
+        ...
+
+
+class MappedRows:
+    """Rows gathered from the resident arrays on the disk."""
+
+    def __init__(self, manifest: Manifest, order: Callable[[int], np.ndarray]):
+        self.train, self.unlabeled = (manifest.verified_images(part) for part in ("train", "unlabeled"))
+        self.order = order
+
+    def fetch(self, step: int) -> np.ndarray:
+        ids = self.order(step)
+        rows = np.empty((len(ids), *self.train.shape[1:]), np.uint8)
+        inside = ids < len(self.train)
+        rows[inside] = self.train[ids[inside]]
+        rows[~inside] = self.unlabeled[ids[~inside] - len(self.train)]
+        return rows
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class HostSource:
+    """A source of `rows`, one step ahead; through pinned memory to a GPU."""
+
+    def __init__(self, rows: HostRows, device: torch.device, description: str):
+        self.rows, self.device, self.description = rows, device, description
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self.ahead: tuple[int, Future[Tensor]] | None = None
+        self.pinned: list[Tensor] = []  # two, used in turn
+        self.copied = [torch.cuda.Event() for _ in range(2)] if device.type == "cuda" else []
+
+    def load(self, step: int) -> Tensor:
+        """The rows of `step` in host memory; in the thread."""
+        rows = torch.from_numpy(self.rows.fetch(step))
+        if not self.copied:
+            return rows
+        if not self.pinned:
+            self.pinned = [torch.empty_like(rows).pin_memory() for _ in range(2)]
+        self.copied[step % 2].synchronize()  # the copy of two steps ago: this thread waits, not the one that steps
+        return self.pinned[step % 2].copy_(rows)
+
+    def read(self, step: int, ids: Tensor, out: Tensor) -> None:
+        """See `source.Source`. RuntimeError if the rows do not come in time; an error of the thread is raised here."""
+        if self.ahead is None or self.ahead[0] != step:
+            self.ahead = step, self.thread.submit(self.load, step)
+        try:
+            rows = self.ahead[1].result(timeout=PATIENCE_SECONDS)
+        except FutureTimeout:
+            raise RuntimeError(
+                f"data.source: the rows of step {step} did not come within {PATIENCE_SECONDS:.0f} s "
+                f"({self.description}); try --data.source=resident"
+            ) from None
+        out.copy_(rows, non_blocking=True)
+        if self.copied:
+            self.copied[step % 2].record()
+        self.ahead = step + 1, self.thread.submit(self.load, step + 1)
+
+    def close(self) -> None:
+        """See `source.Source`."""
+        self.thread.shutdown(wait=True, cancel_futures=True)
+        self.rows.close()

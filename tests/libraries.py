@@ -1,0 +1,17 @@
+"""Optional libraries: a missing one is a failure in CI and a visible skip elsewhere."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+
+
+def needs(name: str) -> None:
+    """Skip the test unless `ffcv` or `dali` is installed; in CI both are."""
+    package = {"ffcv": "ffcv", "dali": "nvidia"}[name]
+    if os.environ.get("CI") != "true" and (
+        find_spec(package) is None or (find_spec(f"{package}.dali") is None and name == "dali")
+    ):
+        pytest.skip(f"{name} is not installed: pip install 'semi-fast[{name}]'")
