@@ -234,8 +234,8 @@ def epoch_class() -> Any:
                     if not self._put((rows, self.run_pipeline(number, rows, slot, None))):
                         return
                     number += 1
-            except BaseException:  # noqa: BLE001, raised again where the batch is taken
-                return
+            except BaseException as error:  # noqa: BLE001, raised again where the batch is taken
+                self._put(error)
 
         def _put(self, item: Any) -> bool:
             """Whether the item found room before the end."""
