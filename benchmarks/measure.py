@@ -210,11 +210,11 @@ def sync_warnings() -> Iterator[list[warnings.WarningMessage]]:
             torch.cuda.set_sync_debug_mode(before)
 
 
-def command(module: str, words: Sequence[str]) -> str:
-    """The command as anyone can repeat it: without the place of the result."""
+def command(module: str, words: Sequence[str], results: Sequence[str] = ("--out",)) -> str:
+    """The command as anyone can repeat it: without the places of the `results`."""
     kept, skip = ["python", "-m", module], False
     for word in words:
-        if skip or word.split("=")[0] == "--out":
+        if skip or word.split("=")[0] in results:
             skip = not skip and "=" not in word
             continue
         kept.append(word)
