@@ -101,7 +101,7 @@ class Feed:
         self.loader = new_loader(file.path, max(1, batch_rows))
         self.threads = min(threads, MOST_THREADS)
         self.epochs: deque[Any] = deque()  # batches go round: the leftmost gets the next order
-        self.waiting: deque[Any] = deque()  # the epoch of each batch that was ordered and not taken
+        self.waiting: deque[tuple[Any, np.ndarray]] = deque()  # epoch and sample ids of what was ordered and not taken
 
     def holds(self, ids: np.ndarray) -> np.ndarray:
         """bool [n]: which sample ids are in this file."""
@@ -114,21 +114,22 @@ class Feed:
         while len(self.epochs) < self.threads:
             self.epochs.append(epoch_class()(self.loader))
         self.epochs[0].orders.put(ids - self.first)
-        self.waiting.append(self.epochs[0])
+        self.waiting.append((self.epochs[0], ids))
         self.epochs.rotate(-1)
 
     def take(self, out: np.ndarray, at: np.ndarray) -> None:
         """Copy the next batch into the rows `at`, int64 [m], of `out`; none for m = 0."""
         if not len(at):
             return
+        epoch, ids = self.waiting.popleft()
         try:
-            result = self.waiting.popleft().output_queue.get(timeout=TIMEOUT_SECONDS)
+            result = epoch.output_queue.get(timeout=TIMEOUT_SECONDS)
         except Empty:
             raise RuntimeError(f"FFCV gave no rows of {self.file.path} within {TIMEOUT_SECONDS:g} s") from None
         if isinstance(result, BaseException):
             raise RuntimeError(f"FFCV failed on {self.file.path}: {result!r}") from result
-        ordered, (images, index) = result
-        if len(ordered) != len(at) or not np.array_equal(index[:, 0], ordered + self.first):
+        images, index = result
+        if not np.array_equal(index[:, 0], ids):
             raise RuntimeError(f"FFCV gave other rows of {self.file.path} than were ordered")
         out[at] = images  # which are in a ring: overwritten some batches later
 
@@ -231,7 +232,7 @@ def epoch_class() -> Any:
                 number = 0
                 while (rows := self.orders.get()) is not None:
                     slot = number % (BATCHES_AHEAD + 2)  # one is being read, one made, the others wait
-                    if not self._put((rows, self.run_pipeline(number, rows, slot, None))):
+                    if not self._put(self.run_pipeline(number, rows, slot, None)):
                         return
                     number += 1
             except BaseException as error:  # noqa: BLE001, raised again where the batch is taken

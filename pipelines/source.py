@@ -66,14 +66,14 @@ def open_source(name: str, manifest: Manifest, device: torch.device, order: Orde
 def read_part(manifest: Manifest, part: str, *, threads: int, rows: np.ndarray | None = None) -> np.ndarray:
     """uint8 [n, H, W, 3] of a whole part in order, or of some of its `rows`, from the first format; verified."""
     have = formats(manifest)[0]
-    if have == "resident":
-        images = manifest.verified_images(part) if rows is None else manifest.images(part)
-    elif have == "ffcv":
+    if have == "ffcv":
         from semi_fast.pipelines import ffcv
 
-        images = ffcv.read_part(manifest, part)
-    else:
+        return ffcv.read_part(manifest, part, rows)
+    if have == "dali":
         from semi_fast.pipelines import dali
 
         images = dali.read_part(manifest, part, threads=threads)
+    else:
+        images = manifest.verified_images(part) if rows is None else manifest.images(part)
     return images if rows is None else images[rows]

@@ -289,7 +289,7 @@ def written(root: Path, images: dict[str, np.ndarray]) -> Manifest:
 
     counts = {part: tuple(np.bincount(labels, minlength=2).tolist()) for part, labels in raw.labels.items()}
     return Labels(
-        root, raw.dataset, raw.class_names, raw.resolution, (0.5,) * 3, (0.5,) * 3,
+        root, raw.dataset, raw.class_names, raw.resolution, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5),
         counts | {"unlabeled": raw.num_unlabeled}, {}, {}, "", {}, resident=False, containers=entries,
     )  # fmt: skip
 

@@ -266,6 +266,8 @@ def rand_augment(
 def normalise(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """(images / 255 - mean) / std in float32 (float64 if asked for): [n, 3, H, W], stored NHWC."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    mean, std = mean.to(exact), std.to(exact)
-    scaled = images.to(exact).div_(torch.full_like(mean, 255))  # by a plain number CUDA multiplies with its reciprocal
-    return scaled.sub_(mean).div_(std).to(dtype).permute(0, 3, 1, 2)
+    n, h, w, _ = images.shape
+    mean, std = (x.to(exact).repeat(w) for x in (mean, std))  # [W * 3]: whole rows at once, which a CPU vectorises
+    scaled = images.reshape(n, h, w * 3).to(exact)
+    scaled.div_(torch.full_like(mean, 255))  # by a plain number CUDA multiplies with its reciprocal
+    return scaled.sub_(mean).div_(std).to(dtype).view(n, h, w, 3).permute(0, 3, 1, 2)
