@@ -64,6 +64,21 @@ def test_the_figures_of_the_bank_are_those_of_the_table() -> None:
         assert words in text
 
 
+def test_the_figures_of_the_pipelines_are_those_of_the_table() -> None:
+    with (ROOT / "benchmarks" / "results" / "pipelines_cpu.csv").open(encoding="utf-8") as file:
+        rows = {row["pipeline"]: row for row in csv.DictReader(file)}
+    text = " ".join(TEXT.split())
+    for name, words in (
+        ("resident", "{} augmented views per CPU-second from memory"),
+        ("ffcv", "{} through FFCV"),
+        ("dali-raw", "{} through DALI"),
+    ):
+        assert words.format(f"{float(rows[name]['per_cpu_second']):,.0f}") in text
+    ratios = [f"{float(rows[name]['cpu_ratio']):.1f}" for name in ("resident", "ffcv", "dali-raw", "dali-png")]
+    assert "{}, {} and {} times those of a DataLoader with Pillow".format(*ratios[:3]) in text
+    assert f"PNG shards give {ratios[3]} times as many" in text
+
+
 def test_paths_exist() -> None:
     for path in re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(
         r"`((?:docs|configs|benchmarks|semi_fast)/[\w./]+)`", TEXT
