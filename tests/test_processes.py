@@ -66,13 +66,14 @@ def test_two_processes_equal_one(one: Path, digits: Path, tmp_path: Path) -> Non
             assert a["heads"] == b["heads"]
 
 
-def test_two_processes_with_a_container_each_equal_one_in_memory(one: Path, tmp_path: Path) -> None:
-    """Every process reads its own rows of `.beton` files."""
+@pytest.mark.parametrize("source", ["ffcv", "dali"])
+def test_two_processes_with_a_container_each_equal_one_in_memory(one: Path, tmp_path: Path, source: str) -> None:
+    """Every process reads its own rows."""
     from semi_fast.cli import main
 
-    needs("ffcv")
-    assert main(["prepare", "digits", "--out", str(tmp_path / "data"), "--formats", "ffcv"]) == 0
-    done = train(LAUNCH, tmp_path / "data", tmp_path / "two", "--data.source=ffcv", "--data.threads=1")
+    needs(source)
+    assert main(["prepare", "digits", "--out", str(tmp_path / "data"), "--formats", source]) == 0
+    done = train(LAUNCH, tmp_path / "data", tmp_path / "two", f"--data.source={source}", "--data.threads=1")
     assert done.returncode == 0, done.stderr
     ours, theirs = outcome(one)[0], outcome(tmp_path / "two")[0]
     assert greatest_difference(ours, theirs) < 1e-11

@@ -47,8 +47,7 @@ class Environment:
 
     def log_prior(self, strength: float) -> Tensor:
         """strength * log of the labeled class prior, [C]; made in float64 as log(prior ** strength + 1e-12)."""
-        counts = torch.tensor(self.labeled_counts, dtype=torch.float64, device=self.device)
-        return log_power(counts / counts.sum(), strength).to(self.dtype)
+        return log_power(class_prior(self.labeled_counts, self.device), strength).to(self.dtype)
 
 
 class Loss(NamedTuple):
@@ -94,6 +93,12 @@ class Method(Protocol):
     def logits(self, state: State, outputs: Outputs) -> Tensor:
         """The logits [N, C] that are evaluated."""
         ...
+
+
+def class_prior(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Each class's share of the images, float64 [C]."""
+    images = torch.tensor(counts, dtype=torch.float64, device=device)
+    return images / images.sum()
 
 
 def log_power(prior: Tensor, strength: float) -> Tensor:

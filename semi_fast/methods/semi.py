@@ -12,7 +12,7 @@ from torch import Tensor
 from semi_fast import memory_bank, processes
 from semi_fast.batch import Outputs, Rows, SplitRows, split_rows
 from semi_fast.methods import released_semi
-from semi_fast.methods.base import Environment, Loss, Needs, State, fraction, log_power
+from semi_fast.methods.base import Environment, Loss, Needs, State, class_prior, fraction, log_power
 from semi_fast.ops.embedding_align import embedding_align
 from semi_fast.ops.masked_cross_entropy import masked_cross_entropy
 from semi_fast.ops.pseudo_label import PseudoLabels, pseudo_label
@@ -44,8 +44,7 @@ class SeMi:
                 "method.semi.prior_counts drop_last leaves a class without images, where the released code stops; "
                 f"got {list(counts)}: use exact, or another seed"
             )
-        prior = torch.tensor(counts, dtype=torch.float64, device=env.device)
-        prior /= prior.sum()  # [C]
+        prior = class_prior(counts, env.device)  # [C]
         bank = memory_bank.empty(classes, o.bank_slots, env.features, device=env.device, dtype=env.dtype)
         start = 1.0 if o.class_weight_start == "one" else 1 / classes
         state = bank | {
