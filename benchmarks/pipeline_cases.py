@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -206,7 +207,8 @@ def ours(source_name: str, images: str = "raw") -> Callable[[Data], Generator[Te
         with closing(open_source(source_name, manifest, CPU, lambda s: draw.share(s).ids, threads=1)) as source:
             for step in count():
                 ids, visits = (torch.from_numpy(part) for part in draw.share(step))
-                source.read(step, ids, pixels)
+                source.fetch(step, pixels)
+                source.read(ids, pixels)
                 yield augmenter.views(Rows(pixels, ids, visits, labels[ids[: LAYOUT.labeled]], LAYOUT))
 
     return batches
@@ -236,15 +238,16 @@ def host_rows(source_name: str, manifest: Manifest, order: Callable[[int], np.nd
 
 BASELINE = "pillow-0"
 PILLOW = "torch", "torchvision", "pillow"
+OURS = ("torch", "numba") if find_spec("numba") else ("torch",)  # which compiles the views
 RESIDENT_GOAL, HOST_GOAL = (Goal("cpu", "cpu_ratio", bound, True) for bound in (4, 3.5))
-FFCV, DALI = ("torch", "ffcv", "numba"), ("torch", "nvidia-dali-cuda130")
+FFCV, DALI = ("torch", "ffcv", "numba"), (*OURS, "nvidia-dali-cuda130")
 PIPELINES = {
     BASELINE: Pipeline("DataLoader + Pillow, no workers", pillow(0), PILLOW),
     "pillow-1": Pipeline("DataLoaders + Pillow, 1 worker each", pillow(1), PILLOW),
     "pillow-2": Pipeline("DataLoaders + Pillow, 2 workers each", pillow(2), PILLOW),
     "torchvision": Pipeline("DataLoader + torchvision v2, no workers", torchvision_tensors, PILLOW[:2]),
     "kornia": Pipeline("kornia on batches", kornia_batches, ("torch", "kornia")),
-    "resident": Pipeline("resident + Augmenter", ours("resident"), ("torch",), goal=RESIDENT_GOAL, ours=True),
+    "resident": Pipeline("resident + Augmenter", ours("resident"), OURS, goal=RESIDENT_GOAL, ours=True),
     "ffcv": Pipeline("FFCV + Augmenter", ours("ffcv"), FFCV, goal=HOST_GOAL, ours=True),
     "dali-raw": Pipeline("DALI, raw + Augmenter", ours("dali"), DALI, goal=HOST_GOAL, ours=True),
     "dali-png": Pipeline("DALI, PNG + Augmenter", ours("dali", "png"), DALI, goal=HOST_GOAL, ours=True),

@@ -27,7 +27,9 @@ Batch = np.ndarray | list[np.ndarray]
 
 
 class DaliRows:
-    """The rows of every step, decoded ahead by DALI's threads; by `device` itself where that is a GPU.
+    """The rows of every step, decoded ahead by DALI's threads; PNG and JPEG by `device` where that is a GPU.
+
+    A GPU's JPEG decoder may round otherwise than a CPU's: lossless images are the same from both.
 
     Every step has as many rows as the first one fetched. An error in the rows of a step arrives at that step or, as
     they are decoded ahead, one before it; the next fetch begins anew. On a GPU this has not been run yet.
@@ -43,7 +45,8 @@ class DaliRows:
     ):
         _dali()
         self.shards = Shards(manifest, ("train", "unlabeled"))
-        self.order, self.threads, self.device = order, threads, device
+        self.decodes_on_gpu = device.type == "cuda" and not self.shards.raw
+        self.order, self.threads, self.device = order, threads, device if self.decodes_on_gpu else CPU
         self.rows: int | None = None
         self.pipeline: Any = None
         self.next_step = 0
@@ -192,7 +195,7 @@ def _pipeline(shards: Shards, rows: int, threads: int, device: torch.device, *, 
         if not shards.raw:
             where = "mixed" if cuda else "cpu"
             images = dali.fn.decoders.image(images, device=where, output_type=dali.types.RGB, adjust_orientation=False)
-        pipeline.set_outputs(images.gpu() if cuda and shards.raw else images)
+        pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,15 @@ class HostRows(Protocol):
         ...
 
 
+@runtime_checkable
+class DeviceRows(HostRows, Protocol):
+    """Decodes rows of a step on the GPU."""
+
+    def fetch_into(self, step: int, out: Tensor) -> None:
+        """As `fetch`, into uint8 [n, H, W, 3] on the device; done, on the current stream, when it returns."""
+        ...
+
+
 class MappedRows:
     """Rows gathered from the resident arrays on the disk."""
 
@@ -49,27 +58,44 @@ class MappedRows:
 
 
 class HostSource:
-    """A source of `rows`, one step ahead; through pinned memory to a GPU."""
+    """A source of `rows`, one step ahead; to a GPU through pinned memory, or through its own if they are decoded there."""
 
-    def __init__(self, rows: HostRows, device: torch.device, description: str):
+    def __init__(self, rows: HostRows, device: torch.device, description: str, *, on_device: bool = False):
+        """`on_device`: `rows` are `DeviceRows` and the device decodes."""
         self.rows, self.device, self.description = rows, device, description
+        self.on_device = on_device
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self.ahead: tuple[int, Future[Tensor]] | None = None
-        self.pinned: list[Tensor] = []  # two, used in turn
-        self.copied = [torch.cuda.Event() for _ in range(2)] if device.type == "cuda" else []
+        cuda = device.type == "cuda"
+        self.copied = [torch.cuda.Event() for _ in range(2)] if cuda else []
+        self.stream = torch.cuda.Stream(device) if cuda else None  # the thread's: it must not queue behind the steps
+        self.staged: list[Tensor] = []  # two, used in turn
+
+    def stage(self, out: Tensor) -> None:
+        """Make the two buffers between thread and step; here, as none may be made while a step is captured."""
+        if self.copied and not self.staged:
+            where = {"device": out.device} if self.on_device else {"pin_memory": True}
+            self.staged = [torch.empty(out.shape, dtype=torch.uint8, **where) for _ in range(2)]
 
     def load(self, step: int) -> Tensor:
-        """The rows of `step` in host memory; in the thread."""
-        rows = torch.from_numpy(self.rows.fetch(step))
+        """The rows of `step`, ready to be copied; in the thread."""
         if not self.copied:
-            return rows
-        if not self.pinned:
-            self.pinned = [torch.empty_like(rows).pin_memory() for _ in range(2)]
+            return torch.from_numpy(self.rows.fetch(step))
+        staged = self.staged[step % 2]
         self.copied[step % 2].synchronize()  # the copy of two steps ago: this thread waits, not the one that steps
-        return self.pinned[step % 2].copy_(rows)
+        if not self.on_device:
+            return staged.copy_(torch.from_numpy(self.rows.fetch(step)))
+        assert isinstance(self.rows, DeviceRows)
+        with torch.cuda.stream(self.stream):
+            self.rows.fetch_into(step, staged)
+        return staged
 
-    def read(self, step: int, ids: Tensor, out: Tensor) -> None:
+    def read(self, ids: Tensor, out: Tensor) -> None:
+        """Nothing left to do on the device."""
+
+    def fetch(self, step: int, out: Tensor) -> None:
         """See `source.Source`. RuntimeError if the rows do not come in time; an error of the thread is raised here."""
+        self.stage(out)
         if self.ahead is None or self.ahead[0] != step:
             self.ahead = step, self.thread.submit(self.load, step)
         try:

@@ -22,7 +22,10 @@ class ResidentSource:
                 self.images[start : start + len(rows)].copy_(torch.from_numpy(np.array(rows)))
                 start += len(rows)
 
-    def read(self, step: int, ids: Tensor, out: Tensor) -> None:
+    def fetch(self, step: int, out: Tensor) -> None:
+        """Nothing to do on the host."""
+
+    def read(self, ids: Tensor, out: Tensor) -> None:
         """See `source.Source`."""
         torch.index_select(self.images, 0, ids, out=out)
 

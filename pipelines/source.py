@@ -25,8 +25,12 @@ class Source(Protocol):
     description: str
     """One line: what it is, where the pixels are, and why."""
 
-    def read(self, step: int, ids: Tensor, out: Tensor) -> None:
-        """Write the pixels of `step`'s sample ids (int64 [n], on the device) into `out`, uint8 [n, H, W, 3]."""
+    def fetch(self, step: int, out: Tensor) -> None:
+        """Before a step: write the pixels of its rows into `out`, uint8 [n, H, W, 3], where the host must do that."""
+        ...
+
+    def read(self, ids: Tensor, out: Tensor) -> None:
+        """Within the step: write the pixels of `ids`, int64 [n] on the device, where the device can do that alone."""
         ...
 
     def close(self) -> None:
@@ -54,7 +58,10 @@ def open_source(name: str, manifest: Manifest, device: torch.device, order: Orde
     if chosen == "dali":
         from semi_fast.pipelines.dali import DaliRows
 
-        return HostSource(DaliRows(manifest, order, threads=threads), device, f"dali, {threads} threads")
+        rows = DaliRows(manifest, order, threads=threads, device=device)
+        gpu = rows.decodes_on_gpu
+        decoder = "the GPU decodes" if gpu else f"{threads} threads"
+        return HostSource(rows, device, f"dali, {decoder}", on_device=gpu)
     needed = sum(manifest.length(part) for part in ("train", "unlabeled")) * 3 * int(np.prod(manifest.resolution))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     sizes = f"{needed / 2**20:,.0f} MiB of pixels, {free / 2**20:,.0f} MiB free on {device.type}"

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from semi_fast import checkpoint, processes
 from semi_fast.batch import RowLayout, Rows
 from semi_fast.errors import NonFiniteError
-from semi_fast.metrics import Interval, add_pairs
+from semi_fast.evaluation import Evaluation
+from semi_fast.levels import Level, settle
+from semi_fast.metrics import Interval
 from semi_fast.runlog import Clock, MetricsFile, Screen
-from semi_fast.sampling import Batches
+from semi_fast.sampling import Batches, DeviceBatches
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
 from semi_fast.step import NEVER, TrainStep
 
 
-@dataclass
-class EvalSet:
-    """Images that are evaluated, all of them, on the device."""
+class Reads(Protocol):
+    """What the loop needs of a source; see `pipelines.source`."""
 
-    name: str
-    images: Tensor  # uint8 [n, H, W, 3]
-    labels: Tensor  # int64 [n]
+    def fetch(self, step: int, out: Tensor) -> None: ...
+
+    def read(self, ids: Tensor, out: Tensor) -> None: ...
 
 
 class Engine:
@@ -39,31 +38,34 @@ class Engine:
         self,
         config: Config,
         program: TrainStep,
-        read: Callable[[int, Tensor, Tensor], None],
+        source: Reads,
         batches: Batches,
         *,
         layout: RowLayout,
         resolution: tuple[int, int],
         labels: Tensor,
         interval: Interval,
-        eval_sets: Sequence[EvalSet],
+        evaluations: Sequence[Evaluation],
         labeled_counts: Sequence[int],
-        plain_view: Callable[[Tensor], Tensor],
+        levels: tuple[Sequence[Level], str],
         metrics: MetricsFile | None,
         screen: Screen,
         checkpoints: Path,
         meta: dict[str, Any],
         track: Callable[[dict[str, float], int], None],
     ):
-        """`read` is a source's, of (step, ids, out); `labels` int64 [samples], -1 unless labeled; `metrics` None but on
-        the main process."""
-        self.config, self.program, self.read, self.batches = config, program, read, batches
-        self.layout, self.labels, self.interval, self.eval_sets = layout, labels, interval, eval_sets
-        self.labeled_counts, self.plain_view = labeled_counts, plain_view
+        """`labels` int64 [samples], -1 unless labeled; `levels` is what `levels.ladder` gives; `metrics` None but
+        on the main process."""
+        self.config, self.program, self.source, self.batches = config, program, source, batches
+        self.layout, self.labels, self.interval, self.evaluations = layout, labels, interval, evaluations
+        self.labeled_counts, (self.levels, self.why) = labeled_counts, levels
         self.metrics, self.screen, self.checkpoints, self.meta, self.track = metrics, screen, checkpoints, meta, track
         self.device, self.clock = labels.device, Clock()
         self.latest: dict[str, str] = {}  # what the last evaluation of each set said
         self.images = torch.empty(layout.images, *resolution, 3, dtype=torch.uint8, device=self.device)
+        self.draws = DeviceBatches(batches, self.device)
+        self.run: Callable[[], None] | None = None  # a step's device work at the level that was settled
+        self.level: dict[str, Any] = {}
 
     def fit(self, start: int) -> None:
         """Train from step `start` to the end; raises NonFiniteError, after which nothing has been saved."""
@@ -77,8 +79,8 @@ class Engine:
             if last or done % c.eval.every == 0:
                 self.check_finite()
                 self.pause()
-                for eval_set in self.eval_sets:
-                    self.record_evaluation(eval_set, done, last=last)
+                for evaluation in self.evaluations:
+                    self.record_evaluation(evaluation, done, last=last)
                 self.clock.lap()
             if last or done % c.log.every == 0:
                 self.log(done)
@@ -89,10 +91,29 @@ class Engine:
         self.screen.close()
 
     def one_step(self, step: int) -> None:
-        """Rows in, one step done, its scalars added to the interval."""
+        """Everything that a step needs of the host, then its work on the device."""
+        self.draws.renew(step)
+        self.source.fetch(step, self.images)
+        run = self.run or self.settle()
         torch.manual_seed((self.config.seed * 1_000_003 + step * 1009 + self.batches.rank) % 2**63)  # for dropout
-        ids, visits = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in self.batches.share(step))
-        self.read(step, ids, self.images)
+        run()
+        self.interval.steps += 1
+
+    def settle(self) -> Callable[[], None]:
+        """Bring the work to its level, now that the first rows are there; no time of training."""
+        began = time.monotonic()
+        self.run, level = settle(self, self.screen.line)
+        seconds = round(time.monotonic() - began, 3)
+        self.level = {"level": level.name, "compiled": level.compiled, "seconds": seconds}
+        why = f" ({self.why})" if self.why else ""
+        self.screen.line(f"engine: {level}{why}; ready after {seconds:.1f} s")
+        self.clock.lap()
+        return self.run
+
+    def work(self) -> None:
+        """A step on the device, from the state's step alone: rows in, one update, its scalars added to the interval."""
+        ids, visits = self.draws.share(self.program.state.step)
+        self.source.read(ids, self.images)
         rows = Rows(self.images, ids, visits, self.labels[ids[: self.layout.labeled]], self.layout)
         report = self.program(rows)
         pending = report.pending
@@ -144,34 +165,11 @@ class Engine:
         if self.metrics is not None:
             self.metrics.append(record)
 
-    @torch.no_grad()
-    def confusions(self, eval_set: EvalSet) -> dict[str, np.ndarray]:
-        """int64 [C, C] per head, rows the truth, over every image once; the method's own prediction under its name.
-
-        Every process takes a contiguous share in forwards of one fixed size; rows that pad the last are not counted.
-        """
-        model, method = self.program.state.average.model, self.program.method
-        processes.copy_from_first(model.buffers())  # with model.bn=local every process has its own
-        n, classes = len(eval_set.labels), len(self.labeled_counts)
-        share = -(-n // processes.count())
-        size = min(-(-self.config.eval.batch // processes.count()), share)
-        first = self.batches.rank * share
-        counts: dict[str, Tensor] = {}
-        for at in range(first, first + share, size):
-            index = torch.arange(at, at + size, device=self.device)
-            counted = index < min(first + share, n)
-            index = index.clamp_max(n - 1)
-            outputs = self.program.forward(model, self.plain_view(eval_set.images[index]))
-            heads = outputs.logits | {method.predicts: method.logits(self.program.state.method, outputs)}
-            for name, logits in heads.items():
-                table = counts.setdefault(name, torch.zeros(classes, classes, dtype=torch.int64, device=self.device))
-                add_pairs(table, eval_set.labels[index], logits.argmax(1), counted)
-        return {name: processes.sum_in_place(table).cpu().numpy() for name, table in counts.items()}
-
-    def record_evaluation(self, eval_set: EvalSet, done: int, *, last: bool) -> None:
+    def record_evaluation(self, evaluation: Evaluation, done: int, *, last: bool) -> None:
         """Evaluate the averaged weights and write the record; the last one with its confusion matrices."""
         began = time.monotonic()
-        confusions = self.confusions(eval_set)
+        processes.copy_from_first(self.program.state.average.model.buffers())  # with model.bn=local each has its own
+        confusions = evaluation.confusions()
         heads = {name: scores(table, self.labeled_counts) for name, table in confusions.items()}
         if last:
             for name, table in confusions.items():
@@ -180,23 +178,28 @@ class Engine:
         record = {
             "kind": "eval",
             "step": done,
-            "split": eval_set.name,
+            "split": evaluation.name,
             "predicts": predicts,
             "heads": heads,
             "seconds": round(time.monotonic() - began, 3),
         }
         self.write(record)
         own = heads[predicts]
-        self.track({f"{eval_set.name}.{k}": own[k] for k in ("top1", "balanced_accuracy")}, done)
+        self.track({f"{evaluation.name}.{k}": own[k] for k in ("top1", "balanced_accuracy")}, done)
         few = "" if own["few"] is None else f" few {own['few']:.1f}"
-        self.latest[eval_set.name] = (
-            f"  {eval_set.name} {own['top1']:.1f}% balanced {own['balanced_accuracy']:.1f}{few}"
+        self.latest[evaluation.name] = (
+            f"  {evaluation.name} {own['top1']:.1f}% balanced {own['balanced_accuracy']:.1f}{few}"
         )
 
     def saved_tensors(self) -> list[tuple[str, Tensor]]:
         """The state of the step and the sums of the open log interval."""
         open_interval = [(f"interval.{name}", tensor) for name, tensor in self.interval.tensors()]
         return [*self.program.state.tensors(), *open_interval]
+
+    def changed(self) -> Iterator[tuple[str, Tensor]]:
+        """All that the work of a step writes and that outlives it."""
+        yield from self.saved_tensors()
+        yield from self.program.state.others()
 
     def save(self, done: int) -> None:
         """Publish a checkpoint from the main process; never one that is not finite."""
@@ -212,7 +215,7 @@ class Engine:
             "interval_seconds": self.clock.interval,
             "metrics_bytes": self.metrics.flush(),
             "interval_steps": self.interval.steps,
-            "interval_names": list(self.interval.sums),
+            "interval_names": self.interval.names,
             "scaler": self.program.state.scaler.state_dict(),
         }
         checkpoint.save(self.checkpoints, done, self.saved_tensors(), self.meta, keep=self.config.checkpoint.keep)

@@ -27,18 +27,21 @@ class Interval:
         It lives here and not where a method could reach it.
         """
         self.truth, device = truth, truth.device
-        self.sums: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, dtype=torch.float64, device=device)  # of the scalars, in the order of the names
         self.steps = 0
         self.seen = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # [truth, pseudo-label]
         self.used = torch.zeros_like(self.seen)
         self.rows = torch.zeros(2, dtype=torch.int64, device=device)  # unlabeled rows: masked in, all
 
     def add(self, values: dict[str, Tensor], ids: Tensor, pseudo_label: Tensor | None, mask: Tensor | None) -> None:
-        """One step: scalars by name, and for the whole batch of unlabeled images ids, pseudo-label and mask [U]."""
-        self.steps += 1
-        for name, value in values.items():
-            total = self.sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
-            total.add_(value.detach())
+        """One step: scalars by name, and for the whole batch of unlabeled images ids, pseudo-label and mask [U].
+
+        Device work alone, so that it can be captured; who runs the step counts `steps`.
+        """
+        if not self.names:
+            self.open(list(values), self.steps)
+        self.sums += torch.stack([value.detach().double() for value in values.values()])
         if pseudo_label is None or mask is None:
             return
         truth = self.truth[ids]
@@ -53,8 +56,7 @@ class Interval:
         Waits for the device.
         """
         self.share()
-        values = torch.stack([*self.sums.values()]).tolist()
-        means = {name: value / self.steps for name, value in zip(self.sums, values, strict=True)}
+        means = {name: value / self.steps for name, value in zip(self.names, self.sums.tolist(), strict=True)}
         used_rows, rows = self.rows.tolist()
         if not rows:
             return means, None
@@ -69,10 +71,8 @@ class Interval:
 
     def share(self) -> None:
         """Replace every process's sums of scalars by their mean over processes."""
-        if self.sums and processes.count() > 1:
-            mean = processes.sum_in_place(torch.stack([*self.sums.values()])) / processes.count()
-            for total, value in zip(self.sums.values(), mean, strict=True):
-                total.copy_(value)
+        if self.names and processes.count() > 1:
+            processes.sum_in_place(self.sums).div_(processes.count())
 
     def reset(self) -> None:
         self.steps = 0
@@ -81,10 +81,9 @@ class Interval:
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Name and storage of every sum."""
-        sums = [(f"sum.{name}", tensor) for name, tensor in self.sums.items()]
-        return [*sums, ("seen", self.seen), ("used", self.used), ("rows", self.rows)]
+        return [("sums", self.sums), ("seen", self.seen), ("used", self.used), ("rows", self.rows)]
 
     def open(self, names: Sequence[str], steps: int) -> None:
         """Make room for the sums of these names, `steps` steps into an interval."""
-        self.steps = steps
-        self.sums = {name: torch.zeros((), dtype=torch.float64, device=self.truth.device) for name in names}
+        self.names, self.steps = list(names), steps
+        self.sums = torch.zeros(len(names), dtype=torch.float64, device=self.truth.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from semi_fast import processes
 from semi_fast.batch import Outputs, Rows
@@ -32,6 +33,15 @@ class TrainState:
     """int64 scalar: steps done."""
     bad_step: Tensor
     """int64 scalar: the first step whose loss or outputs were not finite on this process, or NEVER."""
+
+    def others(self) -> Iterator[tuple[str, Tensor]]:
+        """What a step changes beside `tensors`."""
+        yield "bad_step", self.bad_step
+        if self.scaler.is_enabled():
+            self.scaler.scale(torch.ones((), device=self.step.device))  # which makes its tensors
+            assert self.scaler._scale is not None
+            assert self.scaler._growth_tracker is not None
+            yield from (("scaler.scale", self.scaler._scale), ("scaler.growth", self.scaler._growth_tracker))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and storage of everything that a checkpoint holds, in a fixed order."""
@@ -91,36 +101,58 @@ class TrainStep:
         self.state, self.method, self.make_views = state, method, make_views
         self.optim, self.ema, self.precision = optim, ema, precision
         self.device = state.step.device.type
+        self.losses = self.forward_and_loss
+        self.trained: nn.Module = state.model  # the model, or what exchanges its gradients as they are made
 
     def forward(self, model: nn.Module, views: Tensor) -> Outputs:
         """One forward in the run's precision; features and logits come in full precision."""
         with torch.autocast(self.device, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
             return model(views)
 
-    def watch(self, loss: Loss, outputs: Outputs) -> None:
+    def forward_and_loss(self, rows: Rows, views: Tensor) -> tuple[Loss, list[Tensor]]:
+        """The part of a step that can be compiled: (loss, sums that are finite only if all outputs are)."""
+        s = self.state
+        outputs = self.forward(self.trained, views)
+        loss = self.method.loss(s.method, rows, outputs, s.step)
+        return loss, [tensor.detach().sum() for tensor in (outputs.features, *outputs.logits.values())]
+
+    def compile(self, *, autotune: bool) -> None:
+        """From the next call on let torch.compile make forward and loss, whole; the backward comes with them."""
+        mode = "max-autotune-no-cudagraphs" if autotune else "default"
+        self.losses = torch.compile(self.forward_and_loss, fullgraph=True, dynamic=False, mode=mode)
+
+    def stop_compiling(self) -> None:
+        """From the next call on dispatch every operation."""
+        self.losses = self.forward_and_loss
+
+    def overlap_exchange(self) -> None:
+        """Exchange gradients in buckets while the backward goes on, not all at once behind it: for large models."""
+        self.trained = DistributedDataParallel(self.state.model, broadcast_buffers=False, static_graph=True)
+
+    def watch(self, loss: Tensor, sums: list[Tensor]) -> None:
         """Note the first step at which something is not finite.
 
         In fp16 a gradient may overflow: that update is skipped and the scale halved, which is noted only once the scale
         has fallen below 1, where no gradient of this size should overflow any more.
         """
         s = self.state
-        parts = [loss.total, outputs.features.sum(), *(z.sum() for z in outputs.logits.values())]
+        parts = [loss.detach(), *sums]
         if s.scaler.is_enabled():
-            parts.append(torch.where(s.scaler.scale(torch.ones_like(loss.total)) < 1, torch.inf, 0.0))
+            parts.append(torch.where(s.scaler.scale(torch.ones_like(parts[0])) < 1, torch.inf, 0.0))
         else:
             parts += torch._foreach_norm([p.grad for p in s.model.parameters() if p.grad is not None])
-        finite = torch.stack([part.detach() for part in parts]).isfinite().all()
+        finite = torch.stack(parts).isfinite().all()
         s.bad_step.copy_(torch.where(finite, s.bad_step, torch.minimum(s.bad_step, s.step)))
 
     def __call__(self, rows: Rows) -> StepReport:
         s = self.state
-        outputs = self.forward(s.model, self.make_views(rows))
-        loss = self.method.loss(s.method, rows, outputs, s.step)
+        loss, sums = self.losses(rows, self.make_views(rows))
 
         s.optimizer.zero_grad(set_to_none=True)
         s.scaler.scale(loss.total).backward()
-        processes.mean_gradients(s.model.parameters())
-        self.watch(loss, outputs)
+        if self.trained is s.model:
+            processes.mean_gradients(s.model.parameters())
+        self.watch(loss.total, sums)
         lr = s.optimizer.param_groups[0]["lr"]
         lr.copy_(cosine_7_16(s.step, base=self.optim.lr, steps=self.optim.steps))
         s.scaler.step(s.optimizer)

@@ -22,8 +22,10 @@ from semi_fast.batch import RowLayout
 from semi_fast.checkpoint import Checkpoint
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.ema import WeightAverage
-from semi_fast.engine import Engine, EvalSet
+from semi_fast.engine import Engine
 from semi_fast.errors import EXPECTED, NonFiniteError, exit_code, one_line
+from semi_fast.evaluation import EvalSet, Evaluation
+from semi_fast.levels import ladder
 from semi_fast.manifest import Manifest, Split, load_manifest, save_split, seal_split
 from semi_fast.methods import Environment, Method, make_method
 from semi_fast.metrics import Interval
@@ -117,18 +119,30 @@ def build(
     source = open_source(config.data.source, manifest, device, lambda step: batches.share(step).ids, threads=threads)
     stack.callback(source.close)
     accelerator.print(f"source: {source.description}")
+    several = accelerator.num_processes > 1
+    synchronised = several and config.model.bn == "sync"
+    program = TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision)
+
+    def predict(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every head's logits of the averaged weights; the method's own prediction under its name."""
+        outputs = program.forward(state.average.model, augmenter.plain(images))
+        return outputs.logits | {method.predicts: method.logits(state.method, outputs)}
+
     return Engine(
         config,
-        TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision),
-        source.read,
+        program,
+        source,
         batches,
         layout=layout,
         resolution=manifest.resolution,
         labels=labels.to(device),
         interval=Interval(truth.to(device), manifest.num_classes),
-        eval_sets=eval_sets(manifest, split, device, threads=threads),
+        evaluations=[
+            Evaluation(eval_set, predict, classes=manifest.num_classes, batch=config.eval.batch, rank=batches.rank)
+            for eval_set in eval_sets(manifest, split, device, threads=threads)
+        ],
         labeled_counts=split.labeled_counts,
-        plain_view=augmenter.plain,
+        levels=ladder(config.engine, device, several_processes=several, synchronised=synchronised),
         metrics=runlog.MetricsFile(run_dir / "metrics.jsonl") if main else None,
         screen=runlog.Screen(config.method.name, steps=config.optim.steps, quiet=not main),
         checkpoints=run_dir / "checkpoints",
@@ -145,9 +159,12 @@ def make_state(
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = not config.engine.deterministic  # shapes are fixed
+        torch.backends.cudnn.deterministic = config.engine.deterministic
     torch.manual_seed(config.seed)
     model = make_classifier(config.model, manifest.num_classes, method.needs.heads, manifest.resolution)
-    model = model.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+    model = model.to(device=device, dtype=dtype).to(memory_format=layout)  # type: ignore[call-overload]
     if accelerator.num_processes > 1 and config.model.bn == "sync":
         synchronise_batch_norm(model)
     return TrainState(
@@ -207,9 +224,11 @@ def conduct(
     finally:
         engine.screen.close()
     summary: dict[str, Any] = {}
+    environment |= {"engine": engine.level}
     if engine.metrics is not None:
         parts = engine.metrics, engine.clock, engine.layout
         summary = summarise(config, manifest, split, environment, *parts)
+        runlog.write_json(run_dir / "env.json", environment)
         runlog.write_json(run_dir / "summary.json", summary)
         page = write_report([run_dir], run_dir / "report.html")
         engine.screen.line(f"report: {page}")

@@ -56,6 +56,7 @@ def test_interval_follows_the_pseudo_labels_by_id_and_leaves_labeled_copies_out(
     label, mask = torch.tensor([0, 2, 1, 0, 2]), torch.tensor([True, True, True, True, False])
     interval.add({"total": torch.tensor(2.0)}, ids, label, mask)
     interval.add({"total": torch.tensor(4.0)}, ids[:1], label[:1], mask[:1])
+    interval.steps = 2
     means, fate = interval.read()
     assert means == {"total": 3.0}
     assert fate == {
@@ -67,4 +68,5 @@ def test_interval_follows_the_pseudo_labels_by_id_and_leaves_labeled_copies_out(
     }
     interval.reset()
     interval.add({"total": torch.tensor(1.0)}, ids[:0], None, None)
+    interval.steps = 1
     assert interval.read() == ({"total": 1.0}, None)

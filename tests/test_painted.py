@@ -47,7 +47,7 @@ def test_the_index_of_an_image_arrives_in_its_slot(digits: Path) -> None:
     for step in range(5):
         ids, visits = (torch.from_numpy(part) for part in batches.share(step))
         images = torch.empty(layout.images, *manifest.resolution, 3, dtype=torch.uint8)
-        source.read(0, ids, images)
+        source.read(ids, images)
         rows = Rows(images, ids, visits, ids[:8] % CLASSES, layout)
         views = augmenter.views(rows)
         index = (256 * views[:, 0] + views[:, 1]).mean((1, 2)).round()  # [N], what the pixels say

@@ -37,7 +37,8 @@ def rows_of(
 ) -> torch.Tensor:
     ids = torch.from_numpy(order(step))
     out = torch.full((len(ids), *resolution, 3), 77, dtype=torch.uint8)
-    opened.read(step, ids, out)
+    opened.fetch(step, out)
+    opened.read(ids, out)
     return out
 
 
@@ -84,10 +85,10 @@ def test_an_error_of_the_thread_arrives_at_its_step_and_threads_end() -> None:
     opened = HostSource(rows, CPU, "broken")
     out = torch.empty(2, 4, 4, 3, dtype=torch.uint8)
     for step in range(3):
-        opened.read(step, torch.arange(2), out)
+        opened.fetch(step, out)
         assert out.eq(step).all()
     with pytest.raises(OSError, match="the disk is gone"):
-        opened.read(3, torch.arange(2), out)
+        opened.fetch(3, out)
     opened.close()
     assert rows.closed
     assert threading.active_count() == before
@@ -97,7 +98,7 @@ def test_rows_that_do_not_come_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(host, "PATIENCE_SECONDS", 0.05)
     opened = HostSource(Broken(seconds=0.3), CPU, "slow")
     with pytest.raises(RuntimeError, match="the rows of step 0 did not come within 0 s"):
-        opened.read(0, torch.arange(2), torch.empty(2, 4, 4, 3, dtype=torch.uint8))
+        opened.fetch(0, torch.empty(2, 4, 4, 3, dtype=torch.uint8))
     opened.close()
 
 

@@ -51,9 +51,10 @@ def make_classifier(
         raise ValueError(f"model.name must be one of timm's or ours; got {options.name}; near: {names}")
     backbone = make_backbone(options, resolution)
     features = feature_width(backbone, options.name, resolution)
-    if options.bn_momentum is not None:
-        for module in backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.num_batches_tracked = None  # counted for a momentum of None alone: one launch a layer saved
+            if options.bn_momentum is not None:
                 module.momentum = options.bn_momentum
     return Classifier(backbone, features, classes, heads)
 

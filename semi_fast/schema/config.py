@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from semi_fast.schema import semi
 from semi_fast.schema.data import AugmentConfig, BatchConfig, DataConfig
-from semi_fast.schema.engine import CheckpointConfig, EvalConfig, LogConfig
+from semi_fast.schema.engine import CheckpointConfig, EngineConfig, EvalConfig, LogConfig
 from semi_fast.schema.method import MethodConfig
 from semi_fast.schema.model import EmaConfig, ModelConfig, OptimConfig
 from semi_fast.schema.split import SplitConfig
@@ -26,6 +26,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a step is carried out; what it computes is the same but for rounding."""
+
+    level: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """eager; compile: forward and loss by torch.compile; graph: that, and the whole step as one CUDA graph. `auto` is
+    graph on a GPU and eager on a CPU, and falls back with a line that says why."""
+    autotune: bool = False
+    """Let torch.compile try more kernels; minutes at the first start."""
+    channels_last: bool = True
+    """Keep activations NHWC in memory."""
+    deterministic: bool = False
+    """Use deterministic convolutions alone, so that a run on the same GPU and versions repeats bit for bit; slower."""
 
 
 @dataclass(frozen=True)
