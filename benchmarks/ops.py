@@ -16,7 +16,7 @@ import torch
 from benchmarks import measure, method_cases, view_cases
 from benchmarks.case import Case, Goal, Operation
 from benchmarks.measure import Spread, Work, quartiles
-from semi_fast.ops.door import has_kernel
+from semi_fast.ops.door import has_compiled_views, has_kernel
 
 CASES: dict[str, Callable[[torch.device], list[Case]]] = {
     "rand_augment": view_cases.rand_augment,
@@ -41,12 +41,13 @@ UNSTEADY = 0.10
 
 
 def find_operation(case: Case, device: torch.device) -> dict[str, Operation]:
-    """The operation by kind: what the public function runs here, and on a GPU the reference beside it."""
+    """The operation by kind: what the public function runs here, and beside compiled code the reference."""
     folder = f"semi_fast.ops.{case.operation}"
     public = getattr(import_module(folder), case.operation)
-    if not (has_kernel(device) and find_spec(f"{folder}.kernel")):
-        return {"reference": public}
-    return {"reference": find_reference(case), "kernel": public}
+    compiled = "kernel" if has_kernel(device) else "cpu" if has_compiled_views(device) else ""
+    if compiled and find_spec(f"{folder}.{compiled}"):
+        return {"reference": find_reference(case), "kernel": public}
+    return {"reference": public}
 
 
 def find_reference(case: Case) -> Operation:

@@ -240,7 +240,7 @@ BASELINE = "pillow-0"
 PILLOW = "torch", "torchvision", "pillow"
 OURS = ("torch", "numba") if find_spec("numba") else ("torch",)  # which compiles the views
 RESIDENT_GOAL, HOST_GOAL = (Goal("cpu", "cpu_ratio", bound, True) for bound in (4, 3.5))
-FFCV, DALI = ("torch", "ffcv", "numba"), (*OURS, "nvidia-dali-cuda130")
+FFCV, DALI = ("torch", "ffcv", "numba"), ("torch", "nvidia-dali-cuda130")
 PIPELINES = {
     BASELINE: Pipeline("DataLoader + Pillow, no workers", pillow(0), PILLOW),
     "pillow-1": Pipeline("DataLoaders + Pillow, 1 worker each", pillow(1), PILLOW),
@@ -249,8 +249,8 @@ PIPELINES = {
     "kornia": Pipeline("kornia on batches", kornia_batches, ("torch", "kornia")),
     "resident": Pipeline("resident + Augmenter", ours("resident"), OURS, goal=RESIDENT_GOAL, ours=True),
     "ffcv": Pipeline("FFCV + Augmenter", ours("ffcv"), FFCV, goal=HOST_GOAL, ours=True),
-    "dali-raw": Pipeline("DALI, raw + Augmenter", ours("dali"), DALI, goal=HOST_GOAL, ours=True),
-    "dali-png": Pipeline("DALI, PNG + Augmenter", ours("dali", "png"), DALI, goal=HOST_GOAL, ours=True),
+    "dali-raw": Pipeline("DALI, raw + Augmenter", ours("dali"), (*OURS, DALI[1]), goal=HOST_GOAL, ours=True),
+    "dali-png": Pipeline("DALI, PNG + Augmenter", ours("dali", "png"), (*OURS, DALI[1]), goal=HOST_GOAL, ours=True),
     "ffcv-decode": Pipeline("FFCV, decode alone", decode("ffcv"), FFCV, "images"),
     "dali-raw-decode": Pipeline("DALI, raw, decode alone", decode("dali"), DALI, "images"),
     "dali-png-decode": Pipeline("DALI, PNG, decode alone", decode("dali", "png"), DALI, "images"),

@@ -25,6 +25,7 @@ def doctor() -> None:
         "nothing to install: training runs on the CPU; a GPU needs NVIDIA's driver and a CUDA build of torch",
     )
     show("kernels", kernels, "pip install 'triton>=3.6'  (it comes with CUDA builds of torch on Linux)")
+    show("CPU views", lambda: f"compiled by numba {imported('numba', 'numba')}", "pip install 'semi-fast[cpu]'")
     show("FFCV", ffcv, f"{FFCV_SYSTEM} && pip install 'semi-fast[ffcv]'")
     show("DALI", lambda: imported("nvidia.dali", "nvidia-dali-cuda130"), DALI_COMMAND)
 

@@ -27,6 +27,10 @@ def triton(version: str) -> Callable[[str], object]:
     return lambda _: SimpleNamespace(__version__=version)
 
 
+def numba(disabled: int) -> Callable[[str], object]:
+    return lambda _: SimpleNamespace(__version__="0.61", config=SimpleNamespace(DISABLE_JIT=disabled))
+
+
 def test_kernels_need_cuda_and_a_recent_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, obstacle in (
         (triton("3.6.0"), ""),
@@ -40,13 +44,34 @@ def test_kernels_need_cuda_and_a_recent_triton(monkeypatch: pytest.MonkeyPatch) 
         assert door.has_kernel(CUDA) == (not obstacle)
         assert not door.has_kernel(CPU)
         assert obstacle in door.backend(CUDA)
-    assert door.backend(CPU) == "reference operations, no kernels: Triton cannot be imported (No module named 'triton')"
+    said = "reference operations, no kernels: Triton cannot be imported (No module named 'triton')"
+    assert door.backend(CUDA) == said
+    monkeypatch.setattr(door, "find_numba_obstacle", lambda: "it is in the way")
+    assert door.backend(CPU) == f"{said}; views not compiled: it is in the way"
+
+
+def test_views_on_a_cpu_are_compiled_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, obstacle in (
+        (numba(disabled=0), ""),
+        (numba(disabled=1), "NUMBA_DISABLE_JIT is set"),
+        (missing, "numba cannot be imported (No module named 'numba')"),
+    ):
+        monkeypatch.setattr(door, "import_module", found)
+        assert door.find_numba_obstacle.__wrapped__() == obstacle
+        monkeypatch.setattr(door, "find_numba_obstacle", lambda obstacle=obstacle: obstacle)
+        assert door.has_compiled_views(CPU) == (not obstacle)
+        assert not door.has_compiled_views(CUDA)
+        assert door.backend(CPU).endswith(
+            f"; views not compiled: {obstacle}" if obstacle else "; views compiled by numba 0.61"
+        )
+        monkeypatch.undo()
 
 
 def test_a_run_says_what_its_operations_are(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(config(digits, tmp_path / "run", "--optim.steps=4"))
     said = json.loads((tmp_path / "run" / "env.json").read_text())["operations"]
-    assert said == "reference operations, no kernels: the device is cpu, not CUDA"
+    assert said == door.backend(CPU)
+    assert said.startswith("reference operations, no kernels: the device is cpu, not CUDA; views ")
     assert capsys.readouterr().out.count(said) == 1
 
 

@@ -25,7 +25,7 @@ NOT_SOURCE = ("build", "dist", "data", "runs")
 
 # A module imports only modules of lower levels, and those of its own package.
 LEVELS = {
-    6: "cli train demo reproduce doctor",
+    6: "cli train demo reproduce sweep doctor",
     5: "engine report export pipelines data_prep summary",
     4: "levels rundir",
     3.5: "step",

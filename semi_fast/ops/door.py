@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -33,11 +34,34 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and not OBSTACLE
 
 
+@cache
+def find_numba_obstacle() -> str:
+    """Why views cannot be compiled for a CPU; empty where they can. Imports numba: asked only where they are made."""
+    try:
+        numba = import_module("numba")
+    except ImportError as error:
+        return f"numba cannot be imported ({error})"
+    return "NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else ""
+
+
+def has_compiled_views(device: torch.device) -> bool:
+    """Whether views on `device` are made by the code that numba compiles."""
+    return device.type == "cpu" and not find_numba_obstacle()
+
+
+def values_at_hand(device: torch.device) -> bool:
+    """Whether the host may look at values on `device` without waiting; elsewhere shapes must be fixed."""
+    return device.type == "cpu"
+
+
 def backend(device: torch.device) -> str:
     """One line for logs: what the operations run on `device`, and why no kernels."""
     if has_kernel(device):
         return f"Triton {import_module('triton').__version__} kernels"
-    return f"reference operations, no kernels: {OBSTACLE or f'the device is {device.type}, not CUDA'}"
+    line = f"reference operations, no kernels: {OBSTACLE or f'the device is {device.type}, not CUDA'}"
+    if has_compiled_views(device):
+        return f"{line}; views compiled by numba {import_module('numba').__version__}"
+    return f"{line}; views not compiled: {find_numba_obstacle()}" if device.type == "cpu" else line
 
 
 def power_of_two(n: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from semi_fast.ops import door
 from semi_fast.ops.bank_push import reference
 from semi_fast.ops.door import FLOATS, expect, has_kernel
 
@@ -63,7 +64,7 @@ def bank_push(
 
         kernel.bank_push(*state, *(x.contiguous() for x in offered), oldest_leaves)
         return
-    if device.type == "cpu":  # there is no device to wait for: leave out the rows that cannot enter
+    if door.values_at_hand(device):  # leave out the rows that cannot enter
         lowest = confidences.amin(1)[new_labels.clamp(0, classes - 1)] if not oldest_leaves else 0
         able = (mask & (new_confidences > lowest)).nonzero().squeeze(1)
         if not len(able):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from semi_fast.ops.door import FLOATS, expect, has_kernel
+from semi_fast.ops.door import FLOATS, expect, has_compiled_views, has_kernel
 from semi_fast.ops.rand_augment import reference
 from semi_fast.ops.rand_augment.reference import IDENTITY, OPERATIONS, ViewParameters, apply_operations, normalise
 
@@ -63,19 +63,24 @@ def rand_augment(
         raise ValueError(f"zero_padded must lie in 0..{views}; got {zero_padded}")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be a floating-point type; got {dtype}")
-    if not has_kernel(device):
-        return reference.rand_augment(
-            images,
-            sources,
-            parameters,
-            pad=pad,
-            cutout=cutout,
-            mean=mean,
-            std=std,
-            dtype=dtype,
-            zero_padded=zero_padded,
-        )
-    from semi_fast.ops.rand_augment import kernel
+    if has_kernel(device):
+        from semi_fast.ops.rand_augment import kernel
 
-    tensors = (x.contiguous() for x in (images, sources, *parameters, mean, std))
-    return kernel.rand_augment(*tensors, pad, cutout, zero_padded, dtype)
+        tensors = (x.contiguous() for x in (images, sources, *parameters, mean, std))
+        return kernel.rand_augment(*tensors, pad, cutout, zero_padded, dtype)
+    make = reference.rand_augment
+    if has_compiled_views(device):
+        from semi_fast.ops.rand_augment import cpu
+
+        make = cpu.rand_augment
+    return make(
+        images,
+        sources,
+        parameters,
+        pad=pad,
+        cutout=cutout,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        zero_padded=zero_padded,
+    )
