@@ -18,8 +18,6 @@ from semi_fast.schema.engine import EngineConfig
 from semi_fast.step import TrainStep
 
 GIB = 2**30
-LARGE = 10_000_000
-"""Parameters from which on an eager step of several processes exchanges gradients while the backward goes on."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,8 @@ class Level:
     captured: bool
     compiled: bool
     autotune: bool = False
+    ddp_parameters: int = 0
+    """See `EngineConfig`; of the eager level."""
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ def ladder(
     """
     no_graph = graph_obstacle(device, several_processes=several_processes)
     no_compiler = compile_obstacle(device, synchronised=synchronised)
-    eager = Level(captured=False, compiled=False)
+    eager = Level(captured=False, compiled=False, ddp_parameters=options.ddp_parameters)
     compiled = Level(captured=False, compiled=True, autotune=options.autotune)
     graphs = [Level(captured=True, compiled=False)]
     if not no_compiler:
@@ -133,8 +133,8 @@ def prepared(steps: Steps, level: Level) -> Callable[[], None]:
     """A step's work at this level, tried out where that can fail, without a trace; evaluation as far as captured."""
     if level.compiled:
         steps.program.compile(autotune=level.autotune)
-    large = sum(p.numel() for p in steps.program.state.model.parameters()) >= LARGE
-    if large and level.name == "eager" and processes.count() > 1:
+    parameters = sum(p.numel() for p in steps.program.state.model.parameters())
+    if level.name == "eager" and processes.count() > 1 and parameters >= level.ddp_parameters:
         steps.program.overlap_exchange()
     if steps.device.type == "cpu" and level.name == "eager":
         return steps.work

@@ -92,6 +92,16 @@ def test_the_switches_that_speak_across_processes_too(digits: Path, tmp_path: Pa
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if not ours[name].is_floating_point())
 
 
+def test_gradients_exchanged_during_the_backward_are_the_same(one: Path, digits: Path, tmp_path: Path) -> None:
+    """DDP, as large models have it; with the two normalisations of the quirk, which get no gradient."""
+    done = train(LAUNCH, digits, tmp_path / "two", "--engine.ddp_parameters=1")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = outcome(one)[0], outcome(tmp_path / "two")[0]
+    assert ours.keys() == theirs.keys()
+    assert greatest_difference(ours, theirs) < 1e-11
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if not ours[name].is_floating_point())
+
+
 def test_the_comparison_notices_local_normalisation(one: Path, digits: Path, tmp_path: Path) -> None:
     done = train(LAUNCH, digits, tmp_path / "two", "--model.bn=local")
     assert done.returncode == 0, done.stderr

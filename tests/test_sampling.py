@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semi_fast.philox import ORDER_LABELED, ORDER_UNLABELED
-from semi_fast.sampling import Batches, Stream
+from semi_fast.sampling import Batches, DeviceBatches, Stream
 
 LABELED, UNLABELED = np.arange(0, 70, 5), np.arange(3, 60)
 
@@ -69,3 +70,35 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_an_empty_set_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         Stream(np.array([], dtype=np.int64), seed=0, stream=ORDER_LABELED)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 200),
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.lists(st.integers(0, 400), min_size=1, max_size=30),
+    st.integers(0, 2**64 - 1),
+)
+def test_the_device_draws_what_the_host_does(
+    labeled: int, unlabeled: int, labeled_rows: int, unlabeled_rows: int, steps: list[int], seed: int
+) -> None:
+    """From any step to any other; sets smaller than a batch come round several times in a step."""
+    processes = 2 if labeled_rows % 2 == 0 and unlabeled_rows % 2 == 0 else 1
+    host = Batches(
+        np.arange(labeled) * 3,
+        np.arange(unlabeled) + 7,
+        seed=seed,
+        labeled_rows=labeled_rows,
+        unlabeled_rows=unlabeled_rows,
+        rank=processes - 1,
+        processes=processes,
+    )
+    device = DeviceBatches(host, torch.device("cpu"))
+    for step in [*steps, *range(steps[0], steps[0] + 40)]:
+        device.renew(step)
+        ids, visits = device.share(torch.tensor(step))
+        expected = host.share(step)
+        assert ids.tolist() == expected.ids.tolist()
+        assert visits.tolist() == expected.visits.tolist()

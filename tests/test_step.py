@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,11 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from semi_fast.batch import RowLayout, Rows
 from semi_fast.ema import WeightAverage
+from semi_fast.engine import Engine
+from semi_fast.evaluation import EvalSet, Evaluation
 from semi_fast.methods import Environment, make_method
+from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.ops import door
+from semi_fast.ops.rand_augment import normalise
 from semi_fast.ops.rand_augment.reference import affine_table
 from semi_fast.pipelines.augment import Augmenter
+from semi_fast.sampling import Batches
+from semi_fast.schema.config import Config
 from semi_fast.schema.data import AugmentConfig
 from semi_fast.schema.method import MethodConfig, SemiConfig
 from semi_fast.schema.model import EmaConfig, ModelConfig, OptimConfig
@@ -118,6 +126,81 @@ def test_a_step_never_waits_for_the_device(name: str, obstacle: str, monkeypatch
         for _ in range(2):
             report = step(rows())
         assert report.values["total"].device.type == "cuda"
+
+
+def engine(options: MethodConfig, device: torch.device) -> Engine:
+    """A step with all that the loop adds to it: sampling, reading, sums and evaluation."""
+    step, _ = program(options, device)
+    needs = step.method.needs
+    unlabeled = 4 if needs.unlabeled else 0
+    batches = Batches(np.arange(30), np.arange(300), seed=0, labeled_rows=4, unlabeled_rows=unlabeled)
+    images = torch.zeros(300, 32, 32, 3, dtype=torch.uint8, device=device)
+    labels = torch.zeros(300, dtype=torch.int64, device=device)
+
+    def predict(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = step.forward(step.state.average.model, normalise(batch, *statistics, torch.float32))
+        return outputs.logits | {step.method.predicts: step.method.logits(step.state.method, outputs)}
+
+    statistics = torch.zeros(3, device=device), torch.ones(3, device=device)
+    source = Mock(read=lambda ids, out: torch.index_select(images, 0, ids, out=out))
+    return Engine(
+        Config(),
+        step,
+        source,
+        batches,
+        layout=RowLayout(4, unlabeled, needs.strong_views),
+        resolution=(32, 32),
+        labels=labels,
+        interval=Interval(labels, 10),
+        evaluations=[Evaluation(EvalSet("test", images, labels), predict, classes=10, batch=64, rank=0)],
+        labeled_counts=COUNTS,
+        levels=([], ""),
+        metrics=None,
+        screen=Mock(),
+        checkpoints=Path(),
+        meta={},
+        track=Mock(),
+    )
+
+
+class Uploads(TorchDispatchMode):
+    """Copies of host memory to the device: a graph would keep their first values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_cuda:
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            if any(tensor.device.type == "cpu" and tensor.ndim for tensor in tensors):
+                self.found.append(str(func))
+        return out
+
+
+@pytest.mark.usefixtures("given_gradients")
+@pytest.mark.parametrize("obstacle", ["", "Triton is not installed"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_graph_holds_neither_waits_nor_copies_from_the_host(
+    name: str, obstacle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole work of a step and of an evaluation, and the orders that are made between steps."""
+    monkeypatch.setattr(door, "OBSTACLE", obstacle)
+    with FakeTensorMode():
+        steps = engine(METHODS[name], torch.device("cuda"))
+        for step in range(2):
+            steps.draws.renew(step)
+            steps.work()  # the first one makes constant tables
+            steps.evaluations[0].one_batch()
+        with Uploads() as uploads:
+            steps.draws.renew(100_000)
+            steps.work()
+            steps.evaluations[0].one_batch()
+        assert uploads.found == []
+        with uploads:
+            torch.zeros(2, device="cuda") + torch.tensor([1, 2]).to("cuda")
+        assert uploads.found, "the check can fail"
 
 
 @pytest.mark.usefixtures("given_gradients")

@@ -17,6 +17,9 @@ class EngineConfig:
     """Let torch.compile try more kernels; minutes at the first start."""
     channels_last: bool = True
     """Keep activations NHWC in memory."""
+    ddp_parameters: int = 10_000_000
+    """Parameters from which on an eager step of several processes exchanges gradients by DDP while the backward goes
+    on; with fewer, and at the other levels, all at once behind it."""
     deterministic: bool = False
     """Use deterministic convolutions alone, so that a run on the same GPU and versions repeats bit for bit; slower."""
 

@@ -1,0 +1,250 @@
+"""The levels of a step: which one is chosen, that all compute the same, and how a level that fails ends."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from semi_fast import levels, train
+from semi_fast.capture import rehearse
+from semi_fast.data_prep.long_tail import split_for
+from semi_fast.engine import Engine
+from semi_fast.levels import Level, ladder
+from semi_fast.manifest import load_manifest, seal_split
+from semi_fast.ops import door
+from semi_fast.schema.engine import EngineConfig
+from semi_fast.train import guarded, run
+
+from . import tape
+from .tiny import config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ALONE = {"several_processes": False, "synchronised": False}
+METHODS = {
+    "supervised": ("--method.name=supervised", "--method.plugins=[la]"),
+    "fixmatch": ("--method.name=fixmatch", "--method.plugins=[la]"),
+    "semi": ("--method.name=semi",),
+    "paper": ("--method.name=semi", "--method.semi.preset=paper", "--method.semi.bank_sampling=6"),
+}
+
+
+def names(found: tuple[list[Level], str]) -> list[tuple[str, bool]]:
+    return [(level.name, level.compiled) for level in found[0]]
+
+
+def test_auto_goes_down_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "OBSTACLE", "")
+    whole = [("graph", True), ("graph", False), ("compile", True), ("eager", False)]
+    assert names(ladder(EngineConfig(), CUDA, **ALONE)) == whole
+    assert names(ladder(EngineConfig(), CUDA, several_processes=False, synchronised=True)) == [whole[1], whole[3]]
+    monkeypatch.setattr(door, "OBSTACLE", "Triton is not installed")
+    assert names(ladder(EngineConfig(), CUDA, **ALONE)) == [whole[1], whole[3]]
+    assert ladder(EngineConfig(), CUDA, **ALONE)[1] == "Triton is not installed, and torch.compile needs it"
+    assert names(ladder(EngineConfig(), CPU, **ALONE)) == [("eager", False)]
+    assert "a cpu has no CUDA graphs" in ladder(EngineConfig(), CPU, **ALONE)[1]
+    monkeypatch.setattr(levels.dist, "get_backend", lambda: "gloo")
+    assert (
+        "the processes exchange by gloo" in ladder(EngineConfig(), CUDA, several_processes=True, synchronised=False)[1]
+    )
+
+
+def test_a_level_that_cannot_be_is_refused_in_one_line(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(config(digits, tmp_path / "run", "--engine.level=graph")) == 2
+    assert "engine.level=graph cannot be: a cpu has no CUDA graphs; use --engine.level=auto" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"engine\.level=compile cannot be: model\.bn=sync exchanges"):
+        ladder(EngineConfig(level="compile"), CPU, several_processes=True, synchronised=True)
+
+
+@pytest.fixture
+def engine(digits: Path, tmp_path: Path) -> Callable[..., Engine]:
+    """An engine of a small run, in memory."""
+
+    def build(*flags: str) -> Engine:
+        options = config(digits, tmp_path / "run", *flags)
+        manifest = load_manifest(digits)
+        split = seal_split(split_for(manifest, "run", options.split))
+        accelerator = Accelerator(cpu=True)
+        return train.build(options, manifest, split, accelerator, run_dir=tmp_path, meta={}, stack=ExitStack())
+
+    return build
+
+
+def contents(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.changed()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_rehearsal_leaves_no_trace(engine: Callable[..., Engine], precision: str) -> None:
+    """At the start, and in the middle of a run and of a log interval."""
+    steps = engine(f"--precision={precision}")
+    for begin in (0, 4):
+        for step in range(begin, begin + 4):
+            before = contents(steps)
+            rehearse(steps.work, steps.changed, CPU)
+            after = contents(steps)
+            later = [name for name in after if name not in before or before[name].shape != after[name].shape]
+            assert later == (["interval.sums"] if step == 0 else [])
+            assert all(not after[name].any() for name in later)
+            assert all(torch.equal(before[name], after[name]) for name in before if name not in later)
+            steps.one_step(step)
+        assert any(not torch.equal(before[name], tensor) for name, tensor in contents(steps).items())
+
+
+def test_a_rehearsal_restores_after_a_failure_too(engine: Callable[..., Engine]) -> None:
+    steps = engine()
+    steps.one_step(0)
+    before = contents(steps)
+
+    def failing() -> None:
+        steps.work()
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        rehearse(failing, steps.changed, CPU)
+    assert all(torch.equal(before[name], tensor) for name, tensor in contents(steps).items())
+
+
+def final(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / "step_000000012" / "state.safetensors")
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "images_per_second", "rows_per_second")
+    return [{key: value for key, value in record.items() if key not in clock} for record in found]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_is_recorded_once_and_repeated_trains_the_same(
+    method: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph does with the step, the sampling, the statistics and the evaluation; see tests/tape.py."""
+    monkeypatch.setattr(door, "values_at_hand", lambda device: False)  # fixed shapes, as on a GPU
+    monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
+    run(config(digits, tmp_path / "eager", *METHODS[method]))
+    monkeypatch.setattr(levels, "capture", tape.capture)
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
+    run(config(digits, tmp_path / "graph", *METHODS[method]))
+    assert json.loads((tmp_path / "graph" / "env.json").read_text())["engine"]["level"] == "graph"
+    ours, theirs = final(tmp_path / "eager"), final(tmp_path / "graph")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert records(tmp_path / "eager") == records(tmp_path / "graph")
+
+
+def test_the_recording_notices_what_python_decides(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above can fail: a schedule that counts in Python stands still in a graph."""
+    calls: list[int] = []
+
+    def counted(step: torch.Tensor, *, base: float, steps: int) -> torch.Tensor:
+        calls.append(1)
+        return torch.full((), base / len(calls), dtype=torch.float64)
+
+    monkeypatch.setattr("semi_fast.step.cosine_7_16", counted)
+    monkeypatch.setattr(levels, "capture", tape.capture)
+    monkeypatch.setattr(door, "values_at_hand", lambda device: False)
+    monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
+    run(config(digits, tmp_path / "eager", "--method.name=supervised"))
+    calls.clear()
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
+    run(config(digits, tmp_path / "graph", "--method.name=supervised"))
+    ours, theirs = final(tmp_path / "eager"), final(tmp_path / "graph")
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_steps_are_traced_once_and_compute_the_same(
+    method: str, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps without a graph break or a second trace; in float64, where rounding does not hide a difference."""
+    eager = engine("--precision=fp64", *METHODS[method])
+    torch._dynamo.reset()
+    backend = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr("semi_fast.step.torch.compile", lambda f, *, mode, **options: backend(f, **options))
+    compiled = engine("--precision=fp64", "--engine.level=compile", *METHODS[method])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(20):
+            eager.one_step(step)
+            compiled.one_step(step)
+    assert compiled.level["compiled"]
+    ours, theirs = contents(eager), contents(compiled)
+    for name, tensor in ours.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-9, atol=1e-11)
+        else:
+            assert torch.equal(theirs[name], tensor), name
+
+
+def test_inductor_trains_as_eager_does(digits: Path, tmp_path: Path) -> None:
+    """The default backend, with its C++ code: the first steps differ by rounding alone."""
+    torch._dynamo.reset()
+    flags = ("--method.name=fixmatch", "--optim.steps=4", "--log.every=2")
+    for level in ("eager", "compile"):
+        run(config(digits, tmp_path / level, f"--engine.level={level}", *flags))
+    ours, theirs = (records(tmp_path / level) for level in ("eager", "compile"))
+    for one, other in zip(ours, theirs, strict=True):
+        if one["kind"] == "train":
+            assert other["terms"] == pytest.approx(one["terms"], rel=1e-4)
+
+
+def failing_levels(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    original = levels.prepared
+
+    def prepared(steps: Engine, level: Level) -> Callable[[], None]:
+        if level.name != "eager":
+            rehearse(steps.work, steps.changed, CPU, times=1)
+            raise error
+        return original(steps, level)
+
+    monkeypatch.setattr(levels, "prepared", prepared)
+
+
+def test_a_level_that_fails_is_named_and_the_next_one_trains_as_if_it_had_not_been(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config(digits, tmp_path / "eager"))
+    failing_levels(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nmore of it"))
+    both = [Level(captured=True, compiled=False), Level(captured=False, compiled=False)]
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: (both, ""))
+    capsys.readouterr()
+    run(config(digits, tmp_path / "fallen"))
+    said = capsys.readouterr().out
+    assert "engine: graph failed (operation not permitted when stream is capturing); trying the next level" in said
+    assert "engine: eager: every operation is dispatched" in said
+    ours, theirs = final(tmp_path / "eager"), final(tmp_path / "fallen")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_only_level_ends_the_run_in_one_line(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing_levels(monkeypatch, RuntimeError("graph break in user code"))
+    assert guarded(config(digits, tmp_path / "run", "--engine.level=compile")) == 3
+    error = capsys.readouterr().err.strip()
+    assert error == "semi-fast: engine.level=compile failed: graph break in user code; use --engine.level=auto"
+
+
+def test_a_memory_that_is_too_small_is_said_with_numbers_and_flags(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing_levels(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 140 * 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 135 * 2**30)
+    assert guarded(config(digits, tmp_path / "run", "--engine.level=compile")) == 3
+    assert capsys.readouterr().err.strip() == (
+        "semi-fast: out of memory at the first step: CUDA out of memory. Tried to allocate 2.00 GiB. This run had "
+        "taken 135.0 GiB, 3.0 of 140.0 GiB are free; lower --batch.labeled or --eval.batch, or use --precision=bf16"
+    )

@@ -1,0 +1,66 @@
+"""What a step costs, by counts that no other load on the machine can change."""
+
+from __future__ import annotations
+
+import csv
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.operations import METHODS, parts
+from semi_fast.models import make_classifier
+from semi_fast.schema.model import ModelConfig
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "operations.csv"
+LEVELS = ("eager", "compile", "graph", "waits")
+
+
+def recorded() -> dict[str, dict[str, str]]:
+    with RESULTS.open(newline="") as file:
+        return {row["loop"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_dispatches_more_than_is_recorded(method: str) -> None:
+    """More is a decision: then `python -m benchmarks.operations` writes the file again."""
+    found, budget = parts(METHODS[method]), recorded()[method]
+    assert found["waits"] == 0
+    for level in LEVELS:
+        assert found[level] <= int(budget[level]), f"{level}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "gflop"), [("wrn_28_2", 10, 0.4287), ("resnet50_cifar", 127, 2.5967)]
+)
+def test_arithmetic_of_the_published_models(model: str, classes: int, gflop: float) -> None:
+    """Of one forward of one image of 32 pixels, 2 per multiply-add, two heads."""
+    network = make_classifier(ModelConfig(name=model), classes, ("head", "balanced_head"), (32, 32))
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, 32, 32))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflop, abs=5e-5)
+
+
+def cpu_seconds(*words: str) -> float:
+    """The least of three starts, since other work can only add."""
+    found = []
+    for _ in range(3):
+        began = sum(children())
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        found.append(sum(children()) - began)
+    return min(found)
+
+
+def children() -> tuple[float, float]:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime, usage.ru_stime
+
+
+def test_the_package_and_its_help_start_at_once() -> None:
+    """In CPU time, which the load of the machine does not change much: 0.3 s and 0.5 s are promised."""
+    assert cpu_seconds("-c", "import semi_fast") < 0.3
+    assert cpu_seconds("-m", "semi_fast.cli", "--help") < 0.5
