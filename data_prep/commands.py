@@ -24,7 +24,8 @@ from semi_fast.data_prep.prepare import (
     prepare_imagenet127,
     prepare_stl10,
 )
-from semi_fast.data_prep.subset import prepare_subset
+from semi_fast.data_prep.readers.image_folder import REFUSED, Accepted
+from semi_fast.data_prep.subset import inputs_digest, prepare_subset
 from semi_fast.manifest import Manifest, Split, load_manifest, load_split, save_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
 
@@ -42,11 +43,16 @@ def prepare(
     formats: str = "resident",
     image_format: str = "raw",
     quality: int = 95,
+    on_bad: str = "fail",
+    scale16: bool = False,
+    first_frame: bool = False,
+    follow: bool = False,
     **split_options: Any,
 ) -> None:
     """`semi-fast prepare DATASET [--raw RAW] --out OUT [--resolution R] [--formats F,F] [keys of a split]`.
 
-    With keys of a split the data set holds that split's rows alone, and the split.
+    What images are accepted (`on_bad` to `follow`) is for raw data that is files of images. With keys of a split the
+    data set holds that split's rows alone, and the split.
     """
     if dataset not in DATASETS:
         raise ValueError(f"prepare knows {', '.join(DATASETS)}; got {dataset!r}")
@@ -57,6 +63,9 @@ def prepare(
         raise ValueError(f"prepare {dataset} keeps the published 32x32 pixels; leave out --resolution {resolution}")
     if raw is not None and not Path(raw).is_dir():
         raise ValueError(f"--raw must be a directory; {raw} is not")
+    accepted = Accepted(on_bad, scale16, first_frame, follow)
+    if accepted != REFUSED and dataset not in ("folder", "imagenet127"):
+        raise ValueError(f"prepare {dataset} reads no image files; leave out{accepted.arguments}")
     chosen, split_config = Formats(tuple(formats.split(",")), image_format, quality), SplitConfig(**split_options)
 
     def whole(target: Path, formats: Formats) -> Manifest:
@@ -71,17 +80,22 @@ def prepare(
         if dataset == "stl10":
             return prepare_stl10(folder, target, STL10_RESOLUTION if resolution is None else resolution, formats)
         if dataset == "imagenet127":
-            return prepare_imagenet127(folder, target, resolution, formats)
-        return prepare_folder(folder, target, FOLDER_RESOLUTION if resolution is None else resolution, formats)
+            return prepare_imagenet127(folder, target, resolution, formats, accepted)
+        return prepare_folder(
+            folder, target, FOLDER_RESOLUTION if resolution is None else resolution, formats, accepted
+        )
 
     if split_config == SplitConfig():
         manifest = whole(Path(out), chosen)
     else:
-        manifest = prepare_subset(whole, split_config, Path(out), chosen)
+        inputs = inputs_digest(f"{dataset} {resolution} {accepted}", None if raw is None else Path(raw))
+        manifest = prepare_subset(whole, inputs, split_config, Path(out), chosen)
     _print_data(manifest)
     if "subset" in manifest.source:
         print(f"note: a subset of ImageNet-127, {manifest.source['subset']}", file=sys.stderr)
-    repeated = manifest.source["repeated_test_images"]
+    hidden, repeated = manifest.source.get("hidden_files_ignored"), manifest.source["repeated_test_images"]
+    if hidden:
+        print(f"note: {hidden} hidden files or folders were ignored", file=sys.stderr)
     if repeated:
         print(f"warning: {repeated} test images have the pixels of a train or unlabeled image", file=sys.stderr)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
+import io
 import os
 import platform
-import re
-import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,16 +25,19 @@ from semi_fast.data_prep.progress import watched
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.readers.digits import read_digits
-from semi_fast.data_prep.readers.image_folder import read_image_folder
+from semi_fast.data_prep.readers.image_folder import BAD_LIMIT, REFUSED, Accepted, BadImagesError, read_image_folder
 from semi_fast.data_prep.readers.imagenet127 import read_imagenet127
 from semi_fast.data_prep.readers.stl10 import SIDE as STL10_RESOLUTION
 from semi_fast.data_prep.readers.stl10 import read_stl10
+from semi_fast.data_prep.taken_up import with_written
 from semi_fast.data_prep.writers.resident import write_resident
-from semi_fast.manifest import Manifest, load_manifest, write_manifest
+from semi_fast.hashed_file import HashedFile
+from semi_fast.manifest import Manifest, kept_arrays, load_manifest, write_manifest
 from semi_fast.sealed_json import fsync_directory
 
 DIGITS_RESOLUTION = 16
 FOLDER_RESOLUTION = 32
+BAD_FILE = "bad.csv"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -51,7 +55,13 @@ def prepare_stl10(raw: Path, out: Path, resolution: int = STL10_RESOLUTION, form
     return publish(lambda: read_stl10(raw, resolution), out, arguments, formats)
 
 
-def prepare_imagenet127(raw: Path, out: Path, resolution: int | None = None, formats: Formats = RESIDENT) -> Manifest:
+def prepare_imagenet127(
+    raw: Path,
+    out: Path,
+    resolution: int | None = None,
+    formats: Formats = RESIDENT,
+    accepted: Accepted = REFUSED,
+) -> Manifest:
     """Without a resolution, that of the batches in `raw`, or 32 for folders of images.
 
     What a killed run has decoded of the same files stays in `.<name>.decoded` beside `out`, and is not decoded again.
@@ -62,13 +72,28 @@ def prepare_imagenet127(raw: Path, out: Path, resolution: int | None = None, for
     whole = Path(os.path.abspath(out))
     kept = whole.parent / f".{whole.name}.decoded"
     arguments = f"imagenet127 --raw {_name(raw)}{option}"
-    return publish(lambda: read_imagenet127(raw, resolution, kept), out, arguments, formats)
+    return _publish_usable(
+        lambda left_out: read_imagenet127(raw, resolution, kept, accepted, left_out),
+        raw,
+        out,
+        arguments,
+        formats,
+        accepted,
+    )
 
 
-def prepare_folder(raw: Path, out: Path, resolution: int = FOLDER_RESOLUTION, formats: Formats = RESIDENT) -> Manifest:
+def prepare_folder(
+    raw: Path,
+    out: Path,
+    resolution: int = FOLDER_RESOLUTION,
+    formats: Formats = RESIDENT,
+    accepted: Accepted = REFUSED,
+) -> Manifest:
     _check_resolution(resolution)
     arguments = f"folder --raw {_name(raw)} --resolution {resolution}"
-    return publish(lambda: read_image_folder(raw, resolution), out, arguments, formats)
+    return _publish_usable(
+        lambda left_out: read_image_folder(raw, resolution, accepted, left_out), raw, out, arguments, formats, accepted
+    )
 
 
 def prepare_digits(out: Path, resolution: int = DIGITS_RESOLUTION, formats: Formats = RESIDENT) -> Manifest:
@@ -76,53 +101,61 @@ def prepare_digits(out: Path, resolution: int = DIGITS_RESOLUTION, formats: Form
     return publish(lambda: read_digits(resolution), out, f"digits --resolution {resolution}", formats)
 
 
-def publish(read: Callable[[], Raw], out: Path, arguments: str, formats: Formats = RESIDENT) -> Manifest:
+def publish(
+    read: Callable[[], Raw],
+    out: Path,
+    arguments: str,
+    formats: Formats = RESIDENT,
+    *,
+    last: Callable[[Manifest], None] = lambda _: None,
+) -> Manifest:
     """Prepare what `read` returns; `arguments` are those of the command, for the manifest.
 
-    ValueError for bad input, RuntimeError when the disk is too small; `out` is complete afterwards, or untouched.
+    `last` may add to the directory before it gets its name.
+
+    ValueError for bad input, RuntimeError when the disk is too small; `out` is complete afterwards, or untouched. Until
+    then everything stands in `.<name>.preparing` beside it, which only a kill leaves: the next run goes on with it.
     """
     out = Path(os.path.abspath(out))
-    _check_absent(out)
+    check_absent(out)
     raw = read()
     _check_classes(raw)
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = formats.needed_bytes(raw) + raw.scratch_bytes, shutil.disk_usage(out.parent).free
+    needed = formats.needed_bytes(raw) + raw.scratch_bytes
     no_space = f"{out} needs {needed} bytes of disk space; make room or choose another --out"
-    if free < needed:
-        raise RuntimeError(f"{no_space} ({free} bytes are free)")
     try:
         with _staging(out) as root, ExitStack() as stack:
+            left, free = _size(root), shutil.disk_usage(out.parent).free
+            if free + left < needed:
+                raise RuntimeError(f"{no_space} ({free} bytes are free)")
+            if left:
+                print(f"note: going on with {left} bytes that an interrupted run left", file=sys.stderr)
             writers = formats.writers(raw, root)
             for writer in writers:
                 stack.callback(writer.close)
-            blocks = stack.enter_context(watched(raw))
+            blocks = stack.enter_context(watched(replace(raw, blocks=with_written(raw, root))))
             seen = replace(raw, blocks=blocks)
             written = write_resident(seen, root, images="resident" in formats.names, others=writers)
             containers = {name: entry for writer in writers for name, entry in writer.finish().items()}
             labels = {part: np.bincount(ids, minlength=len(raw.class_names)) for part, ids in raw.labels.items()}
-            write_manifest(
-                Manifest(
-                    root=root,
-                    dataset=raw.dataset,
-                    class_names=raw.class_names,
-                    resolution=raw.resolution,
-                    mean=written.mean,
-                    std=written.std,
-                    counts={p: tuple(c.tolist()) for p, c in labels.items()} | {"unlabeled": raw.num_unlabeled},
-                    files=written.files,
-                    source=raw.source | {"repeated_test_images": written.repeated_test_images},
-                    command=f"semi-fast prepare {arguments}{formats.arguments} --out {_name(out)}",
-                    versions={
-                        "semi_fast": semi_fast.__version__,
-                        "python": platform.python_version(),
-                        "numpy": np.__version__,
-                        "pillow": version("pillow"),
-                        "scikit-learn": version("scikit-learn"),
-                    },
-                    resident="resident" in formats.names,
-                    containers=containers,
-                )
+            manifest = Manifest(
+                root=root,
+                dataset=raw.dataset,
+                class_names=raw.class_names,
+                resolution=raw.resolution,
+                mean=written.mean,
+                std=written.std,
+                counts={p: tuple(c.tolist()) for p, c in labels.items()} | {"unlabeled": raw.num_unlabeled},
+                files=written.files,
+                source=raw.source | {"repeated_test_images": written.repeated_test_images},
+                command=f"semi-fast prepare {arguments}{formats.arguments} --out {_name(out)}",
+                versions=versions(),
+                resident="resident" in formats.names,
+                containers=containers,
             )
+            _remove_others(manifest)
+            write_manifest(manifest)
+            last(manifest)
     except OSError as error:
         if error.errno in NO_SPACE:
             raise RuntimeError(f"{no_space} ({error.strerror})") from error
@@ -130,10 +163,56 @@ def publish(read: Callable[[], Raw], out: Path, arguments: str, formats: Formats
     return load_manifest(out)
 
 
+def _publish_usable(
+    read: Callable[[Collection[Path]], Raw], raw: Path, out: Path, arguments: str, formats: Formats, accepted: Accepted
+) -> Manifest:
+    """Publish what `read` returns without some files under `raw`: those that are no images, if they may be left out."""
+    arguments += accepted.arguments
+    try:
+        return publish(lambda: read(()), out, arguments, formats)
+    except BadImagesError as error:
+        if accepted.on_bad != "skip":
+            raise
+        if len(error.bad) > BAD_LIMIT * error.files:
+            raise ValueError(
+                f"--on-bad skip leaves out at most {BAD_LIMIT:.0%} of {error.files} files; {error}"
+            ) from error
+        bad = error.bad
+    print(f"warning: {len(bad)} files are left out, see {BAD_FILE}; the others are read again", file=sys.stderr)
+
+    def without() -> Raw:
+        usable = read(bad)
+        usable.source["left_out"] = len(bad)
+        return usable
+
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("file", "reason"), *((str(p.relative_to(raw)), why) for p, why in bad.items())])
+    content = table.getvalue().encode("utf-8", "surrogateescape")
+    return publish(without, out, arguments, formats, last=lambda manifest: write_bad(manifest.root, content))
+
+
+def write_bad(root: Path, content: bytes) -> None:
+    """The table of files that were left out."""
+    with closing(HashedFile(root / BAD_FILE)) as file:
+        file.write(content)
+        file.finish()
+
+
+def versions() -> dict[str, str]:
+    """What decides the bytes beside the raw data."""
+    return {
+        "semi_fast": semi_fast.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "pillow": version("pillow"),
+        "scikit-learn": version("scikit-learn"),
+    }
+
+
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A hidden directory beside `out`, renamed to `out` at the end; removed on any failure."""
-    with hidden_directory(out) as root:
+    with hidden_directory(out.parent / f".{out.name}.preparing") as root:
         yield root
         fsync_directory(root)
         try:
@@ -146,38 +225,60 @@ def _staging(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def hidden_directory(out: Path) -> Iterator[Path]:
-    """A new hidden directory beside `out`, removed at the end if it is still there under its name.
+def hidden_directory(path: Path) -> Iterator[Path]:
+    """The directory `path` with what a killed run left in it, removed at the end if it is still there under its name.
 
-    It stays locked while its process lives, so that what a killed run left is told from the work of a running one.
+    It is locked while its process lives; ValueError where another holds it.
     """
-    _remove_stale(out)
-    root = out.parent / f".{out.name}.tmp-{secrets.token_hex(4)}"
-    root.mkdir()
-    lock = os.open(root, os.O_RDONLY)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path}: must be a directory, where the work in progress stands; delete it")
+    path.mkdir(exist_ok=True)
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield root
+        if not (_locked(lock) and _stands_at(lock, path)):
+            raise ValueError(f"{path}: held by another process that prepares the same --out; choose another")
+        try:
+            yield path
+        finally:
+            if _stands_at(lock, path):
+                shutil.rmtree(path, ignore_errors=True)
     finally:
-        shutil.rmtree(root, ignore_errors=True)
         os.close(lock)
 
 
-def _remove_stale(out: Path) -> None:
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.tmp-[0-9a-f]{{8}}")
-    for path in [p for p in out.parent.iterdir() if pattern.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]:
-        lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # another process is preparing it now
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(lock)
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def _check_absent(out: Path) -> None:
+def _stands_at(descriptor: int, path: Path) -> bool:
+    """Whether the open directory is the one of this name, not one that was renamed or removed meanwhile."""
+    return path.is_dir() and os.path.samestat(os.fstat(descriptor), path.lstat())
+
+
+def _size(root: Path) -> int:
+    """Disk space that the files under `root` take."""
+    return sum(path.lstat().st_blocks * 512 for path in root.rglob("*") if path.is_file())
+
+
+def _remove_others(manifest: Manifest) -> None:
+    """Whatever else an interrupted run, perhaps with other formats, has left in the directory."""
+    names = {*kept_arrays(manifest), *manifest.containers}
+    for path in sorted(manifest.root.rglob("*"), reverse=True):  # what is inside a folder comes before it
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif str(path.relative_to(manifest.root)) not in names:
+            path.unlink()
+            if path.parent != manifest.root:  # which is forced to the disk at the end
+                fsync_directory(path.parent)
+
+
+def check_absent(out: Path) -> None:
+    """ValueError unless `out` is new or an empty directory."""
     if out.is_symlink():
         raise ValueError(f"--out must not be a symbolic link; {out} is one, name the directory itself")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

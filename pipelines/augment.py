@@ -24,6 +24,7 @@ class Augmenter:
         std: tuple[float, float, float],
         device: torch.device,
         dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.channels_last,
     ):
         side = min(resolution)
         self.pad = side // 8 if options.pad is None else options.pad
@@ -32,12 +33,14 @@ class Augmenter:
         if options.cutout > side:
             raise ValueError(f"augment.cutout must be at most the image side {side}; got {options.cutout}")
         self.options, self.seed, self.resolution, self.dtype = options, seed, resolution, dtype
+        self.memory_format = memory_format
         self.mean, self.std = (torch.tensor(v, dtype=torch.float64, device=device) for v in (mean, std))
 
     def views(self, rows: Rows) -> Tensor:
-        """float [N, 3, H, W] in the order [labeled | weak | strong_0 | ...], stored NHWC."""
+        """float [N, 3, H, W] in the order [labeled | weak | strong_0 | ...], stored in the memory format, NHWC if not
+        said otherwise."""
         sources, parameters = self.draw_all(rows)
-        return rand_augment(
+        views = rand_augment(
             rows.images,
             sources,
             parameters,
@@ -48,10 +51,11 @@ class Augmenter:
             dtype=self.dtype,
             zero_padded=rows.layout.labeled if self.options.labeled_padding == "zero" else 0,
         )
+        return views.contiguous(memory_format=self.memory_format)  # a convolution follows its input's
 
     def plain(self, images: Tensor) -> Tensor:
         """Images uint8 [n, H, W, 3] as evaluation sees them: normalised, nothing else."""
-        return normalise(images, self.mean, self.std, self.dtype)
+        return normalise(images, self.mean, self.std, self.dtype).contiguous(memory_format=self.memory_format)
 
     def draw(self, rows: Rows) -> ViewParameters:
         """The parameters of every view; a function of the rows' ids and visits, not of their place in the batch."""

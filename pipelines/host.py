@@ -58,7 +58,7 @@ class MappedRows:
 
 
 class HostSource:
-    """A source of `rows`, one step ahead; to a GPU through pinned memory, or through its own if they are decoded there."""
+    """A source of `rows`, one step ahead; through pinned memory to a GPU, or through its own if it decodes them."""
 
     def __init__(self, rows: HostRows, device: torch.device, description: str, *, on_device: bool = False):
         """`on_device`: `rows` are `DeviceRows` and the device decodes."""

@@ -8,7 +8,6 @@ The fields are `image` (raw RGB), `label` and `index` (the sample id). No image 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+from semi_fast.hashed_file import HashedFile
 
 VERSION = 2
 RAW_MODE = 1
@@ -78,20 +79,19 @@ class BetonFile:
     """A new file whose images come in blocks; equal content gives equal bytes, however it is cut into blocks."""
 
     def __init__(self, path: Path, labels: np.ndarray, ids: np.ndarray, resolution: tuple[int, int]) -> None:
-        """`labels` and `ids`: int64 [rows], rows > 0. FileExistsError if there is a file."""
+        """`labels` and `ids`: int64 [rows], rows > 0."""
         assert labels.shape == ids.shape == (len(labels),), (labels.shape, ids.shape)
         self.shape, self.layout = (len(labels), *resolution, 3), layout_of(len(labels), resolution)
         self.pointers = self.layout.pointers(len(labels))
-        self.rows = self.at = 0
-        self.hash = hashlib.sha256()
-        self.file: BinaryIO = path.open("xb")
+        self.rows = 0
+        self.file = HashedFile(path)
         header = np.array((VERSION, len(FIELDS), self.layout.page_bytes, len(labels), self.layout.table_at), HEADER)
         records = np.zeros(len(labels), RECORD)
         records["mode"], records["pointer"] = RAW_MODE, self.pointers
         records["height"], records["width"] = resolution
         records["label"], records["index"] = labels, ids
         for content in (header, FIELDS, records):
-            self._append(content.tobytes())
+            self.file.write(content.tobytes())
 
     def write(self, images: np.ndarray) -> None:
         """The next rows, uint8 [m, H, W, 3]."""
@@ -100,29 +100,22 @@ class BetonFile:
         per_page, done = self.layout.page_bytes // self.layout.image_bytes, 0
         while done < len(images):
             count = min(len(images) - done, per_page - self.rows % per_page)
-            self._append(bytes(int(self.pointers[self.rows]) - self.at))
-            self._append(images[done : done + count].tobytes())
+            self.file.write(bytes(int(self.pointers[self.rows]) - self.file.bytes))
+            self.file.write(images[done : done + count].tobytes())
             self.rows, done = self.rows + count, done + count
 
     def finish(self) -> dict[str, Any]:
         """Force everything to the disk; `bytes` and `sha256` of the file. Too few rows are a fault of ours."""
-        assert self.rows == self.shape[0], (self.file.name, self.rows, self.shape)
+        assert self.rows == self.shape[0], (self.rows, self.shape)
         table = np.zeros(self.rows, ENTRY)
         table["row"], table["pointer"], table["bytes"] = np.arange(self.rows), self.pointers, self.layout.image_bytes
-        self._append(table.tobytes())
-        assert self.at == self.layout.file_bytes, (self.file.name, self.at, self.layout)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return {"bytes": self.at, "sha256": self.hash.hexdigest()}
+        self.file.write(table.tobytes())
+        assert self.file.bytes == self.layout.file_bytes, (self.file.bytes, self.layout)
+        return self.file.finish()
 
     def close(self) -> None:
         """Let go of the file, finished or not."""
         self.file.close()
-
-    def _append(self, content: bytes) -> None:
-        self.file.write(content)
-        self.hash.update(content)
-        self.at += len(content)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--image-format", choices=["raw", "png", "jpeg"], default="raw", help="in DALI's shards; jpeg loses"
     )
     prepare.add_argument("--quality", type=int, default=95, help="of jpeg, 1..100")
+    images = prepare.add_argument_group("what is accepted of images (folder, imagenet127)")
+    images.add_argument(
+        "--on-bad",
+        choices=["fail", "skip"],
+        default="fail",
+        help="skip leaves out up to 1 %% and lists them in bad.csv",
+    )
+    images.add_argument("--scale16", action="store_true", help="of 16 bits a channel, take the upper 8")
+    images.add_argument("--first-frame", action="store_true", help="of an animation, take the first frame")
+    images.add_argument("--follow", action="store_true", help="follow links out of the folder")
     add_split_flags(prepare.add_argument_group("a split, whose rows alone are then prepared"))
 
     split = command("split", "write a hashed split file: labeled, unlabeled and validation samples")
@@ -156,6 +166,12 @@ def make_parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--data", metavar="DATA", help="the prepared data set; default: the cell's data.path")
     reproduce.add_argument("--out", metavar="DIR", help="where the runs go; default: runs/paper/CELL")
     reproduce.epilog = "Further flags are keys of the configuration, --key=value; what they change is said."
+    sweep = command("sweep", "train several configurations with several seeds, one process each, on all devices")
+    sweep.add_argument("files", nargs="+", metavar="FILE", help="configurations; a run is OUT/<name of FILE>/seed_K")
+    sweep.add_argument("--seeds", default="0,1,2", metavar="K,...", help="one run each; default 0,1,2")
+    sweep.add_argument("--out", required=True, metavar="DIR", help="where the runs and their comparison go")
+    sweep.add_argument("--per-device", type=int, default=1, metavar="N", help="runs at a time on a GPU, or on the CPU")
+    sweep.epilog = "Further flags are keys of the configuration, --key=value, for all runs."
     command("doctor", "say what is installed, what is missing, and the command that mends it")
     report = command("report", "write one page over one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN")
@@ -190,6 +206,8 @@ def run_command(argv: list[str]) -> int:
     name = arguments.pop("command")
     if name == "reproduce":
         return run_reproduce(others, **arguments)
+    if name == "sweep":
+        return run_sweep(others, **arguments)
     if others:
         raise ValueError(f"{name} does not take {' '.join(others)}; see semi-fast {name} --help")
     if name == "doctor":
@@ -242,6 +260,15 @@ def run_reproduce(
 
     reproduce(cell, seeds=parse_seeds(seeds), steps=steps, data=data, out=out, flags=flags)
     return 0
+
+
+def run_sweep(others: list[str], *, files: list[str], seeds: str, out: str, per_device: int) -> int:
+    """`semi-fast sweep`; `others` are keys of the configuration. 1 if a run failed, as a launcher has it."""
+    more, flags = ordered(others)
+    from semi_fast.sweep import sweep
+
+    failed = sweep([*files, *more], seeds=parse_seeds(seeds), out=Path(out), per_device=per_device, flags=flags)
+    return 1 if failed else 0
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

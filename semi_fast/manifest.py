@@ -140,7 +140,7 @@ def load_manifest(root: str | Path) -> Manifest:
 def verify_manifest(manifest: Manifest) -> None:
     """Re-hash every file; ValueError names the first that is not what the manifest says."""
     load_manifest(manifest.root)
-    for name in sorted(_kept(manifest)):
+    for name in sorted(kept_arrays(manifest)):
         _check_content(manifest, name)
     for name in sorted(manifest.containers):
         check_container(manifest, name)
@@ -287,7 +287,7 @@ def _check_files(manifest: Manifest) -> None:
         raise ValueError("its files do not fit its counts")
 
 
-def _kept(manifest: Manifest) -> list[str]:
+def kept_arrays(manifest: Manifest) -> list[str]:
     """The arrays that are on the disk."""
     return [name for name in manifest.files if manifest.resident or name.endswith("_labels.npy")]
 
@@ -311,7 +311,7 @@ def check_container(manifest: Manifest, name: str) -> Path:
 
 
 def _check_arrays(manifest: Manifest) -> None:
-    for name in _kept(manifest):
+    for name in kept_arrays(manifest):
         _open_array(manifest, name)
     for part in ("train", "test"):
         labels, classes = manifest.labels(part), manifest.num_classes

@@ -8,13 +8,14 @@ packed. The index file beside it is DALI's: a line `offset size` of every record
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from semi_fast.hashed_file import HashedFile
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli's, lowest bit = highest power
 BLOCK = 512  # bytes looked up at once; the table is then half a MiB and stays in the cache
@@ -73,36 +74,26 @@ def masked(crc: int) -> int:
 
 
 class RecordFile:
-    """A new TFRecord file and its index, written front to back, hashed as the bytes pass."""
+    """A TFRecord file and its index, written front to back."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = path.open("xb")
-        self.hash = hashlib.sha256()
+        self.file = HashedFile(path)
         self.lines: list[str] = []
-        self.bytes = 0
 
     def write(self, image: bytes, label: int, sample_id: int) -> None:
         """Append a record."""
         payload = _example(image, label, sample_id)
         length = len(payload).to_bytes(8, "little")
         record = b"".join((length, _checksum(length), payload, _checksum(payload)))
+        self.lines.append(f"{self.file.bytes} {len(record)}\n")
         self.file.write(record)
-        self.hash.update(record)
-        self.lines.append(f"{self.bytes} {len(record)}\n")
-        self.bytes += len(record)
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Write the index, force both files to the disk; `bytes` and `sha256` of each by its name."""
-        _to_disk(self.file)
-        index = "".join(self.lines).encode("ascii")
-        with index_path(self.path).open("xb") as file:
-            file.write(index)
-            _to_disk(file)
-        return {
-            self.path.name: {"bytes": self.bytes, "sha256": self.hash.hexdigest()},
-            index_path(self.path).name: {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
-        }
+        with closing(HashedFile(index_path(self.path))) as index:
+            index.write("".join(self.lines).encode("ascii"))
+            return {self.path.name: self.file.finish(), index_path(self.path).name: index.finish()}
 
     def close(self) -> None:
         self.file.close()
@@ -133,7 +124,7 @@ class Records:
         return self.data[first : first + size]
 
     def example(self, i: int) -> Example:
-        """All of a record; ValueError when it is not one that `RecordFile` writes. Checksums are `verify`'s."""
+        """All of a record; ValueError when it is not one that `RecordFile` writes."""
         first, size = self.records[i]
         image_end = self.images[i].sum()
         rest = self.data[image_end : first + size - TAIL_BYTES].tobytes()
@@ -146,20 +137,13 @@ class Records:
             raise ValueError(f"{self.path}: record {i} is no image with an index and a label; prepare again")
         return Example(self.image(i).tobytes(), label, sample_id)
 
-    def verify(self) -> None:
-        """ValueError names the first record whose payload does not fit its checksum."""
-        for i, (first, size) in enumerate(self.records.tolist()):
-            payload_end = first + size - TAIL_BYTES
-            payload, stored = self.data[first + HEAD_BYTES : payload_end], self.data[payload_end : first + size]
-            if _checksum(payload.data) != stored.tobytes():
-                raise ValueError(f"{self.path}: record {i} differs from its checksum: damaged; prepare again")
-
 
 def open_records(path: Path, *, rows: int, num_bytes: int) -> Records:
     """A file of `RecordFile` with so many records and bytes, memory-mapped.
 
     ValueError, before anything else reads the file, unless it has that size, its index divides all of it into `rows`
     records, and every record's lengths are right: that of the payload, with its checksum, and those around the image.
+    The payload's own checksum is for other readers: here the SHA-256 of the file in the manifest tells.
     """
     if not path.is_file():
         raise ValueError(f"{path}: named by the manifest, but missing; prepare again")
@@ -276,8 +260,3 @@ def _checksums(rows: np.ndarray) -> np.ndarray:
     start = np.broadcast_to(np.frombuffer(START, np.uint8), (len(rows), len(START)))
     crc = ~_remainders(np.concatenate([start, rows], axis=1))
     return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -113,6 +113,7 @@ def build(
         std=manifest.std,
         device=device,
         dtype=VIEWS.get(precision, torch.float32),
+        memory_format=memory_format(config),
     )
     labels, truth = label_tables(manifest, split)
     threads = config.data.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes)
@@ -120,6 +121,8 @@ def build(
     stack.callback(source.close)
     accelerator.print(f"source: {source.description}")
     several = accelerator.num_processes > 1
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        accelerator.print("engine: accelerate's dynamo backend is not used; engine.level says what is compiled")
     synchronised = several and config.model.bn == "sync"
     program = TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision)
 
@@ -163,8 +166,7 @@ def make_state(
         torch.backends.cudnn.deterministic = config.engine.deterministic
     torch.manual_seed(config.seed)
     model = make_classifier(config.model, manifest.num_classes, method.needs.heads, manifest.resolution)
-    layout = torch.channels_last if config.engine.channels_last else torch.contiguous_format
-    model = model.to(device=device, dtype=dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    model = model.to(device=device, dtype=dtype).to(memory_format=memory_format(config))  # type: ignore[call-overload]
     if accelerator.num_processes > 1 and config.model.bn == "sync":
         synchronise_batch_norm(model)
     return TrainState(
@@ -180,6 +182,10 @@ def make_state(
         step=torch.zeros((), dtype=torch.int64, device=device),
         bad_step=torch.full((), NEVER, dtype=torch.int64, device=device),
     )
+
+
+def memory_format(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.engine.channels_last else torch.contiguous_format
 
 
 def first_visit_counts(config: Config, manifest: Manifest, split: Split) -> tuple[int, ...]:

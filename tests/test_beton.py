@@ -94,10 +94,14 @@ def test_a_file_larger_than_memory_could_be_written(tmp_path: Path) -> None:
     assert peak < 12 * 2**20, "one page of zeros and two blocks"
 
 
-def test_a_file_is_never_replaced_and_its_rows_are_counted(tmp_path: Path) -> None:
+def test_what_stood_there_does_not_matter(tmp_path: Path, whole: bytes) -> None:
     write(tmp_path / "a.beton", pixels(3, 2, 2))
-    with pytest.raises(FileExistsError):
-        write(tmp_path / "a.beton", pixels(3, 2, 2))
+    (tmp_path / "b.beton").write_bytes(whole)
+    assert write(tmp_path / "b.beton", pixels(3, 2, 2)) == write(tmp_path / "a.beton", pixels(3, 2, 2))
+    assert (tmp_path / "b.beton").read_bytes() == (tmp_path / "a.beton").read_bytes()
+
+
+def test_rows_are_counted(tmp_path: Path) -> None:
     file = BetonFile(tmp_path / "b.beton", np.zeros(3, np.int64), np.arange(3), (2, 2))
     file.write(pixels(2, 2, 2))
     with pytest.raises(AssertionError):

@@ -220,3 +220,23 @@ def test_a_bank_of_features_is_kept_in_full_precision(digits: Path, tmp_path: Pa
     run(config(digits, tmp_path / "run", "--precision=bf16"))
     bank = state(tmp_path / "run", 12)["method.bank.features"]
     assert not torch.equal(bank, bank.bfloat16().float())
+
+
+def test_layout_in_memory_changes_rounding_alone(digits: Path, tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def spy(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        if isinstance(module, torch.nn.Conv2d) and out.dtype == torch.float64:  # not the probe of a new network
+            seen.append(out.is_contiguous(memory_format=torch.channels_last))
+
+    finals = []
+    for value in ("true", "false"):
+        seen.clear()
+        hook = torch.nn.modules.module.register_module_forward_hook(spy)
+        run(config(digits, tmp_path / value, f"--engine.channels_last={value}", "--precision=fp64"))
+        hook.remove()
+        assert set(seen) == {value == "true"}
+        finals.append(state(tmp_path / value, 12))
+    for name, tensor in finals[0].items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(finals[1][name], tensor, rtol=1e-9, atol=1e-11)

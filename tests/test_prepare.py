@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import resource
@@ -18,7 +17,13 @@ import pytest
 from PIL import Image
 
 from semi_fast.data_prep import commands, prepare
-from semi_fast.data_prep.prepare import prepare_cifar10, prepare_cifar100, prepare_digits, prepare_folder
+from semi_fast.data_prep.prepare import (
+    hidden_directory,
+    prepare_cifar10,
+    prepare_cifar100,
+    prepare_digits,
+    prepare_folder,
+)
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.writers.resident import statistics
 from semi_fast.manifest import load_manifest, verify_manifest
@@ -227,23 +232,35 @@ def test_a_kill_at_any_sync_leaves_no_half_data_and_the_next_run_cleans_up(tmp_p
     before_the_rename = 7  # four arrays, their directory, the manifest, the directory of all
     for n in range(1, before_the_rename + 1):
         assert in_child(lambda n=n: killed_at(n)) == -signal.SIGKILL
-        (left,) = names(out.parent)  # what earlier kills left is gone
-        assert left.startswith(".data.tmp-")
+        assert names(out.parent) == [".data.preparing"], "what earlier kills left is taken up"
     assert in_child(lambda: killed_at(before_the_rename + 1)) == -signal.SIGKILL, "the rename is synced"
     assert names(out.parent) == ["data"]
     verify_manifest(load_manifest(out))
 
 
 def test_the_work_of_a_running_process_is_left_alone(tmp_path: Path) -> None:
-    raw = write_cifar10_binary(tmp_path / "raw", 1)
-    running, stale, other = (tmp_path / name for name in (".data.tmp-00000001", ".data.tmp-00000002", ".data.tmp-mine"))
-    for path in (running, stale, other):
-        path.mkdir()
-    lock = os.open(running, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    prepare_cifar10(raw, tmp_path / "data")
-    os.close(lock)
-    assert names(tmp_path) == [running.name, other.name, "data", "raw"]
+    raw, running = write_cifar10_binary(tmp_path / "raw", 1), tmp_path / ".data.preparing"
+    with hidden_directory(running):
+        (running / "theirs").write_text("")
+        with pytest.raises(
+            ValueError, match=r"\.data\.preparing: held by another process that prepares the same --out"
+        ):
+            prepare_cifar10(raw, tmp_path / "data")
+        assert names(running) == ["theirs"]
+    assert names(tmp_path) == ["raw"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_work_in_progress_never_goes_through_a_link(tmp_path: Path, kind: str) -> None:
+    raw, elsewhere = write_cifar10_binary(tmp_path / "raw", 1), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "link":
+        (tmp_path / ".data.preparing").symlink_to(elsewhere)
+    else:
+        (tmp_path / ".data.preparing").write_text("")
+    with pytest.raises(ValueError, match=r"\.data\.preparing: must be a directory"):
+        prepare_cifar10(raw, tmp_path / "data")
+    assert names(elsewhere) == []
 
 
 def test_the_commands_print_what_they_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -345,7 +345,7 @@ def test_what_is_no_plain_8_bit_still_is_refused(tmp_path: Path, name: str) -> N
     path.write_bytes(content)
     with pytest.raises(ValueError, match=reason) as caught:
         pixels(read_image_folder(tmp_path, 4))
-    assert f"1 files are no usable images, repair or remove them: {str(path)!r}" in str(caught.value)
+    assert f"1 files are no usable images, repair or remove them (or --on-bad skip): {str(path)!r}" in str(caught.value)
 
 
 def test_damaged_images_never_raise_anything_else(tmp_path: Path) -> None:
@@ -387,6 +387,13 @@ def test_an_image_folder_is_read_in_the_order_of_its_names(tmp_path: Path, test:
     unlabeled = images_of(np.arange(4) % 3, 5, 2000)
     assert np.array_equal(arrays["unlabeled"], unlabeled[[0, 2, 1, 3]])  # files, then those under deep/
     assert (raw.num_unlabeled, raw.source["files"], len(raw.source["sha256"])) == (4, 13, 64)
+
+
+def test_long_paths_work(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["d" * 200] * 15)
+    root = write_image_folder(deep / "data", ("k" * 255, "größe " * 30), 1, test_per_class=1, side=4)
+    assert len(str(root)) > 3000
+    assert pixels(read_image_folder(root, 4))["train"].shape == (2, 4, 4, 3)
 
 
 def test_the_digest_of_a_folder_covers_names_and_content(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,3 +27,7 @@ class Raw:
     """Published mean and std of pixels / 255; None: computed on train."""
     scratch_bytes: int = 0
     """Disk space that reading `blocks` takes beside the output until it ends."""
+    blocks_after: Callable[[int], Iterator[tuple[str, np.ndarray]]] | None = None
+    """`blocks` without so many first rows, for a preparation that goes on; None where they are not skipped."""
+    identity: bytes = b""
+    """What decides the pixels of `blocks_after`, without reading them."""

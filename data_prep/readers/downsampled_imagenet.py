@@ -6,10 +6,12 @@ Labels are read first; pixels stay in their files until they are copied block by
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, Table, load_table, subset_note
+from semi_fast.data_prep.readers.kept_chunks import identity
 from semi_fast.data_prep.restricted_unpickler import StoredArray, load_stored_dict
 from semi_fast.manifest import file_sha256
 
@@ -27,6 +30,7 @@ VAL = "val_data"
 SIDES = (8, 16, 32, 64)
 BLOCK_IMAGES = 1024
 LABELS_LIMIT_BYTES = 2**26
+RATIO_LIMIT = 200  # of what an archive's entry unpacks to, over what it takes
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError)
 
 
@@ -81,6 +85,8 @@ def read_batches(found: dict[str, list[Path]], raw: Path, resolution: int | None
         labels=labels,
         num_unlabeled=0,
         blocks=_blocks(batches, digests),
+        blocks_after=lambda rows: _blocks(batches, digests, rows),
+        identity=identity(raw, [str(batch.path.relative_to(raw)) for batch in batches.values()], side),
         source=source | subset_note(len(labels["train"]), len(np.unique(labels["train"]))),
         statistics=STATISTICS,
     )
@@ -97,18 +103,24 @@ def _check_order(table: Table, labels: np.ndarray, raw: Path) -> None:
             )
 
 
-def _blocks(batches: dict[str, Batch], digests: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
-    for name, batch in batches.items():
-        with _pixels(batch) as file:
-            for first in range(0, len(batch.labels), BLOCK_IMAGES):
-                rows = min(BLOCK_IMAGES, len(batch.labels) - first)
-                wanted = rows * 3 * batch.side**2
-                content = file.read(wanted)
-                if len(content) != wanted:
-                    raise ValueError(f"{batch.path}: became shorter while it was read; prepare again")
-                images = np.frombuffer(content, np.uint8).reshape(rows, 3, batch.side, batch.side)
-                yield "test" if name == VAL else "train", np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-        digests[batch.path.name] = file_sha256(batch.path)
+def _blocks(batches: dict[str, Batch], digests: dict[str, str], skipped: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+    """`skipped` first rows are only passed over."""
+    with ThreadPoolExecutor(1) as pool:
+        for name, batch in batches.items():
+            start = min(skipped, len(batch.labels))
+            skipped -= start
+            sha256 = pool.submit(file_sha256, batch.path)
+            with _pixels(batch) as file:
+                file.seek(start * 3 * batch.side**2, io.SEEK_CUR)
+                for first in range(start, len(batch.labels), BLOCK_IMAGES):
+                    rows = min(BLOCK_IMAGES, len(batch.labels) - first)
+                    wanted = rows * 3 * batch.side**2
+                    content = file.read(wanted)
+                    if len(content) != wanted:
+                        raise ValueError(f"{batch.path}: became shorter while it was read; prepare again")
+                    images = np.frombuffer(content, np.uint8).reshape(rows, 3, batch.side, batch.side)
+                    yield "test" if name == VAL else "train", np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+            digests[batch.path.name] = sha256.result()
 
 
 @contextmanager
@@ -165,6 +177,9 @@ def _npz_entries(path: Path) -> tuple[tuple[int, ...], int, Any]:
             size = archive.getinfo("data.npy").file_size
             if dtype != np.uint8 or math.prod(shape) + offset != size:
                 raise ValueError(f"data must be uint8 row by row; got {dtype} {list(shape)} in {size} bytes")
+            for found in (archive.getinfo(name) for name in ("data.npy", "labels.npy")):
+                if found.file_size > RATIO_LIMIT * max(1, found.compress_size):
+                    raise ValueError(f"{found.filename} unpacks to more than {RATIO_LIMIT} times its size")
             if archive.getinfo("labels.npy").file_size > LABELS_LIMIT_BYTES:
                 raise ValueError(f"labels must have at most {LABELS_LIMIT_BYTES} bytes")
             with archive.open("labels.npy") as member:

@@ -10,14 +10,16 @@ import hashlib
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,16 @@ from PIL import Image
 
 from semi_fast import philox
 from semi_fast.data_prep.readers import Raw
-from semi_fast.data_prep.readers.image_folder import check_regular, check_usable, listed, open_rgb, read_image, visible
+from semi_fast.data_prep.readers.image_folder import (
+    REFUSED,
+    Accepted,
+    BadImagesError,
+    Listing,
+    check_regular,
+    listed,
+    open_rgb,
+    read_image,
+)
 from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, class_by_wnid, load_table, subset_note
 from semi_fast.data_prep.readers.kept_chunks import CHUNK_IMAGES, Decoded, KeptChunks, identity, scratch_bytes
 
@@ -36,9 +47,19 @@ LABEL_LISTS = (GROUND_TRUTH, f"ILSVRC2012_devkit_t12/data/{GROUND_TRUTH}", SOLUT
 LIST_LIMIT_BYTES = 2**26
 CHUNKS_AHEAD = 3  # for each process
 ORDER_KEY = 0
+MEMORY_LIMIT_BYTES = 2**31  # that a decoding process may add; an image of 64 megapixels takes half of it at most
+
+How = tuple[int, Accepted]
+"""The resolution, and what is accepted."""
 
 
-def read_ilsvrc(raw: Path, resolution: int, kept: Path | None = None) -> Raw:
+def read_ilsvrc(
+    raw: Path,
+    resolution: int,
+    kept: Path | None = None,
+    accepted: Accepted = REFUSED,
+    left_out: Collection[Path] = (),
+) -> Raw:
     """Files in a fixed mixed order; names are checked here, pixels as `blocks` are read.
 
     With `kept`, a path beside the output, what a killed run had decoded is taken from there.
@@ -46,7 +67,8 @@ def read_ilsvrc(raw: Path, resolution: int, kept: Path | None = None) -> Raw:
     Mixed, because a split takes the first images of a class: in the order of names they would all show one synset of
     it. Classes without a folder are left out; that is said in the source.
     """
-    train, val = _labeled(raw, "train"), _val_files(raw)
+    listing = Listing(raw, follow=accepted.follow, left_out=left_out)
+    train, val = _labeled(listing, "train"), _val_files(listing)
     if differing := sorted({name for name, _ in train} ^ {name for name, _ in val}):
         raise ValueError(f"{raw}: train/ and val/ must hold the same synsets; they differ in {listed(differing)}")
     found = {"train": train, "test": val}
@@ -61,6 +83,7 @@ def read_ilsvrc(raw: Path, resolution: int, kept: Path | None = None) -> Raw:
         "reader": "ilsvrc folders",
         "name": Path(os.path.abspath(raw)).name,
         "files": sum(map(len, files.values())),
+        "hidden_files_ignored": listing.hidden,
     }
     note = subset_note(len(labels), len(present))
     source |= note
@@ -70,26 +93,26 @@ def read_ilsvrc(raw: Path, resolution: int, kept: Path | None = None) -> Raw:
         resolution=(resolution, resolution),
         labels={"train": labels[order["train"]].astype(np.int64), "test": test_labels[order["test"]]},
         num_unlabeled=0,
-        blocks=_blocks(raw, files, resolution, source, kept),
+        blocks=_blocks(raw, files, (resolution, accepted), source, kept),
         source=source,
         statistics=None if note else STATISTICS,
         scratch_bytes=scratch_bytes(kept, source["files"], resolution) if kept else 0,
     )
 
 
-def box_resized(content: bytes, resolution: int) -> np.ndarray:
+def box_resized(content: bytes, resolution: int, accepted: Accepted = REFUSED) -> np.ndarray:
     """uint8 [resolution, resolution, 3] of one encoded image, its sides resized each on its own."""
-    return np.asarray(open_rgb(content).resize((resolution, resolution), Image.Resampling.BOX))
+    return np.asarray(open_rgb(content, accepted).resize((resolution, resolution), Image.Resampling.BOX))
 
 
-def _labeled(raw: Path, part: str) -> list[tuple[str, str]]:
-    """(WordNet id, path under `raw`) of every file of `part`, sorted by name."""
-    folders = visible(raw, raw / part)
+def _labeled(listing: Listing, part: str) -> list[tuple[str, str]]:
+    """(WordNet id, path under the root) of every file of `part`, sorted by name."""
+    folders = listing.visible(listing.raw / part)
     if stray := [path for path in folders if not path.is_dir()]:
-        raise ValueError(f"{raw / part} must hold one folder per synset; {listed(stray)} are files")
+        raise ValueError(f"{listing.raw / part} must hold one folder per synset; {listed(stray)} are files")
     files: list[tuple[str, str]] = []
     for folder in folders:
-        wnid, paths = _wnid(folder), visible(raw, folder)
+        wnid, paths = _wnid(folder), listing.visible(folder)
         if not paths:
             raise ValueError(f"{folder}: holds no image; add some, or remove the folder from train/ and val/")
         check_regular(paths)
@@ -106,13 +129,14 @@ def _wnid(folder: Path) -> str:
     return match[2]
 
 
-def _val_files(raw: Path) -> list[tuple[str, str]]:
+def _val_files(listing: Listing) -> list[tuple[str, str]]:
     """As `_labeled`, of val/ with or without folders."""
+    raw = listing.raw
     if not (raw / "val").is_dir():
         raise ValueError(f"--raw must hold train/ and val/; {raw} has no val/")
-    paths = visible(raw, raw / "val")
+    paths = listing.visible(raw / "val")
     if any(path.is_dir() for path in paths):
-        return _labeled(raw, "val")
+        return _labeled(listing, "val")
     check_regular(paths)
     lists = [raw / name for name in LABEL_LISTS if (raw / name).is_file()]
     if not lists:
@@ -123,7 +147,7 @@ def _val_files(raw: Path) -> list[tuple[str, str]]:
     wnids = _listed_wnids(lists[0])
     if unknown := [path for path in paths if path.stem not in wnids]:
         raise ValueError(f"{lists[0]}: must name every image of val/; it lacks {listed(unknown)}")
-    if len(wnids) != len(paths):
+    if len(wnids) != len(paths) + sum(path.parent == raw / "val" for path in listing.left_out):
         raise ValueError(f"{raw / 'val'}: must hold the {len(wnids)} images of {lists[0].name}; it has {len(paths)}")
     return [(wnids[path.stem], os.path.join("val", path.name)) for path in paths]
 
@@ -147,24 +171,25 @@ def _listed_wnids(path: Path) -> dict[str, str]:
 
 
 def _blocks(
-    raw: Path, files: dict[str, list[str]], resolution: int, source: dict[str, Any], kept: Path | None
+    raw: Path, files: dict[str, list[str]], how: How, source: dict[str, Any], kept: Path | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """ValueError at the end names what could not be decoded. Puts the digest of all files into `source`."""
-    digest, bad = hashlib.sha256(), []
-    with closing(_decoded(raw, files, resolution, kept)) as chunks:
+    digest, bad = hashlib.sha256(), {}
+    with closing(_decoded(raw, files, how, kept)) as chunks:
         for part, names, decoded in chunks:
             for name, (sha256, pixels) in zip(names, decoded, strict=True):
                 digest.update(os.fsencode(name) + b"\0" + sha256)
                 if isinstance(pixels, str):
-                    bad.append(f"{str(raw / name)!r}: {pixels}")
+                    bad[raw / name] = pixels
             if not bad:
                 yield part, np.stack([pixels for _, pixels in decoded])  # type: ignore[arg-type]
-    check_usable(bad)
+    if bad:
+        raise BadImagesError(bad, source["files"])
     source["sha256"] = digest.hexdigest()
 
 
 def _decoded(
-    raw: Path, files: dict[str, list[str]], resolution: int, kept: Path | None
+    raw: Path, files: dict[str, list[str]], how: How, kept: Path | None
 ) -> Generator[tuple[str, list[str], Decoded], None, None]:
     """(part, names, what became of them) in order, decoded on every core and a few chunks ahead of the reader.
 
@@ -174,12 +199,12 @@ def _decoded(
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads that show progress
     pending: deque[tuple[str, list[str], Callable[[], Decoded]]] = deque()
     with ExitStack() as stack:
-        store = stack.enter_context(closing(KeptChunks(kept, resolution))) if kept else None
+        store = stack.enter_context(closing(KeptChunks(kept, how[0]))) if kept else None
         pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process)
         stack.callback(pool.shutdown, cancel_futures=True)
         try:
             for place, (part, names) in enumerate(_chunks(files)):
-                pending.append((part, names, _begun(pool, store, place, raw, names, resolution)))
+                pending.append((part, names, _begun(pool, store, place, raw, names, how)))
                 if len(pending) > CHUNKS_AHEAD * processes:
                     part, names, result = pending.popleft()
                     yield part, names, result()
@@ -198,14 +223,14 @@ def _chunks(files: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _begun(
-    pool: ProcessPoolExecutor, store: KeptChunks | None, place: int, raw: Path, names: list[str], resolution: int
+    pool: ProcessPoolExecutor, store: KeptChunks | None, place: int, raw: Path, names: list[str], how: How
 ) -> Callable[[], Decoded]:
     """Waits for the images when called; they are read from `store`, or decoded and put there."""
-    files = identity(raw, names, resolution) if store else b""
+    files = identity(raw, names, how) if store else b""
     found = store.load(place, files, len(names)) if store else None
     if found is not None:
         return lambda: found
-    future = pool.submit(_decode_chunk, str(raw), names, resolution)
+    future = pool.submit(_decode_chunk, str(raw), names, how)
 
     def result() -> Decoded:
         decoded = future.result()
@@ -216,13 +241,16 @@ def _begun(
     return result
 
 
-def _decode_chunk(raw: str, names: list[str], resolution: int) -> Decoded:
-    return [read_image(Path(raw, name), resolution, box_resized) for name in names]
+def _decode_chunk(raw: str, names: list[str], how: How) -> Decoded:
+    decoder = partial(box_resized, accepted=how[1])
+    return [read_image(Path(raw, name), how[0], decoder) for name in names]
 
 
 def _prepare_process() -> None:
-    """Of a decoding process: Ctrl-C is its parent's matter, and it does not outlive the parent."""
+    """Of a decoding process: Ctrl-C is its parent's matter, whom it does not outlive, and its memory is limited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     warnings.simplefilter("ignore")  # Pillow warns of what is refused here, or of harmless metadata
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -68,9 +68,9 @@ class KeptChunks:
         return digest.digest()
 
 
-def identity(raw: Path, names: list[str], resolution: int) -> bytes:
-    """What decides the pixels of these files, without reading them."""
-    digest = hashlib.blake2b(f"box {resolution} {pillow_version}".encode(), digest_size=DIGEST_BYTES)
+def identity(raw: Path, names: list[str], how: object) -> bytes:
+    """What decides the pixels of these files, without reading them; `how`: the resolution, and what prints as it is."""
+    digest = hashlib.blake2b(f"{how} {pillow_version}".encode(), digest_size=DIGEST_BYTES)
     for name in names:
         found = os.stat(raw / name)
         digest.update(os.fsencode(name) + f"\0{found.st_size} {found.st_mtime_ns}\0".encode())

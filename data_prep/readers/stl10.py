@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from semi_fast.data_prep.readers import Raw
+from semi_fast.data_prep.readers.kept_chunks import identity
 
 FOLDER = "stl10_binary"
 SIDE = 96
@@ -48,6 +49,8 @@ def read_stl10(raw: Path, resolution: int) -> Raw:
         blocks=_blocks(folder, resolution, digests),
         source=source,
         statistics=STATISTICS,
+        blocks_after=lambda rows: _blocks(folder, resolution, digests, rows),
+        identity=identity(folder, needed, resolution),
     )
 
 
@@ -80,7 +83,10 @@ def _labels(path: Path, count: int, digests: dict[str, str]) -> np.ndarray:
     return labels - 1
 
 
-def _blocks(folder: Path, resolution: int, digests: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+def _blocks(
+    folder: Path, resolution: int, digests: dict[str, str], skipped: int = 0
+) -> Iterator[tuple[str, np.ndarray]]:
+    """`skipped` first rows are read for the digest alone."""
     for part, count in COUNTS.items():
         path, digest = folder / f"{part}_X.bin", hashlib.sha256()
         with path.open("rb") as file:
@@ -90,7 +96,10 @@ def _blocks(folder: Path, resolution: int, digests: dict[str, str]) -> Iterator[
                 if len(content) != wanted:
                     raise ValueError(f"{path}: became shorter while it was read; prepare again")
                 digest.update(content)
-                yield part, _resized(_nhwc(content), resolution)
+                images = _nhwc(content)[skipped:]
+                skipped = max(0, skipped - wanted // RECORD_BYTES)
+                if len(images):
+                    yield part, _resized(images, resolution)
         digests[path.name] = digest.hexdigest()
 
 

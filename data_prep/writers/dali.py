@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +45,23 @@ class DaliWriter:
         if shard_rows < 1:
             raise ValueError(f"a shard must have at least one row; got {shard_rows}")
         self.folder = root / FOLDER
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
         self.image_format, self.quality, self.shard_rows = image_format, quality, shard_rows
         self.labels, self.lengths = raw.labels, part_lengths(raw)
         self.written = dict.fromkeys(self.lengths, 0)
         self.entries: dict[str, dict[str, Any]] = {}
         self.shard: RecordFile | None = None
+        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # Pillow encodes without the interpreter's lock
 
     def write(self, part: str, block: np.ndarray) -> None:
         """See `Writer`."""
         labels = self.labels.get(part)
         first_id = self.lengths["train"] if part == "unlabeled" else 0
-        for pixels in block:
+        for image in self.pool.map(self._encoded, block):
             row = self.written[part]
             assert row < self.lengths[part], (part, self.lengths)
             shard = self._shard(part, row)
-            shard.write(self._encoded(pixels), NO_LABEL if labels is None else int(labels[row]), first_id + row)
+            shard.write(image, NO_LABEL if labels is None else int(labels[row]), first_id + row)
             self.written[part] = row + 1
             if (row + 1) % self.shard_rows == 0 or row + 1 == self.lengths[part]:
                 self._finish_shard(part)
@@ -71,6 +74,7 @@ class DaliWriter:
 
     def close(self) -> None:
         """See `Writer`."""
+        self.pool.shutdown(cancel_futures=True)
         if self.shard is not None:
             self.shard.close()
 

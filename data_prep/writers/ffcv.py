@@ -20,7 +20,7 @@ class FfcvWriter:
     def __init__(self, raw: Raw, root: Path) -> None:
         self.root, self.resolution, self.columns = root, raw.resolution, columns(raw)
         self.files: dict[str, BetonFile] = {}
-        (root / "ffcv").mkdir()
+        (root / "ffcv").mkdir(exist_ok=True)
 
     def write(self, part: str, block: np.ndarray) -> None:
         if part not in self.files:

@@ -1,0 +1,184 @@
+"""Many runs, one process each, several at a time on the devices that there are: every configuration with every seed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from semi_fast.schema.config import Config, check
+from semi_fast.sealed_json import read_json
+
+OWNED = {"seed": "--seeds", "run_dir": "--out", "resume": "nothing: an unfinished run is always resumed"}
+POLL_SECONDS = 0.2
+ENDING_SECONDS = 30.0
+"""What a run may take to end when it is told to."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    name: str
+    config: Config
+    arguments: tuple[str, ...]
+    """Of `semi-fast train`."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir or "")
+
+    @property
+    def output(self) -> Path:
+        """What its process prints."""
+        return self.run_dir.with_suffix(".log")
+
+
+def sweep(
+    files: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    out: Path,
+    per_device: int = 1,
+    flags: Sequence[str] = (),
+) -> int:
+    """Train every configuration with every seed under `out`, then compare them; returns how many runs failed.
+
+    A run is OUT/<file's name>/seed_K, its output OUT/<file's name>/seed_K.log. Finished ones are taken as they are,
+    others are resumed. Every CUDA device, or the CPU, has `per_device` runs at a time. If this is interrupted the runs
+    are told to end. Raises ValueError for configurations that cannot be.
+    """
+    cells = list(cells_of(files, seeds=seeds, out=out, flags=flags))
+    for cell in cells:
+        check(cell.config)
+    summaries = {cell.name: found for cell in cells if (found := summary_of(cell)) is not None}
+    for name in summaries:
+        print(f"{name}: finished before, and taken as it is")
+    if per_device < 1:
+        raise ValueError(f"--per-device must be at least 1; got {per_device}")
+    slots = deque(device for _ in range(per_device) for device in devices(cells))
+    waiting = deque(cell for cell in cells if cell.name not in summaries)
+    print(f"{len(waiting)} runs, {min(len(slots), len(waiting))} at a time")
+    codes = carry_out(waiting, slots)
+    failed = [name for name, code in codes.items() if code]
+    done = [cell for cell in cells if cell.name not in failed]
+    if done:
+        from semi_fast.report import write_report
+        from semi_fast.report.compare import comparison
+        from semi_fast.report.run import read_run
+
+        run_dirs = [cell.run_dir for cell in done]
+        print(comparison([read_run(run_dir) for run_dir in run_dirs]).text())
+        print(f"report: {write_report(run_dirs, out / 'report.html')}")
+    return len(failed)
+
+
+def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Sequence[str]) -> Iterator[Cell]:
+    """Every file with every seed; ValueError for two files of one name and for flags that the sweep sets."""
+    from semi_fast.cli import parse_config
+
+    for flag in flags:
+        key = flag[2:].partition("=")[0]
+        if key in OWNED:
+            raise ValueError(f"--{key} is set by sweep; use {OWNED[key]}")
+    stems = [Path(file).stem for file in files]
+    if len(set(stems)) < len(stems):
+        raise ValueError(f"the files of a sweep must have different names, which name their runs; got {stems}")
+    for file, stem in zip(files, stems, strict=True):
+        config = parse_config([f"--config={file}", *flags])
+        for seed in seeds:
+            name = f"{stem}/seed_{seed}"
+            run_dir = out / stem / f"seed_{seed}"
+            own = (f"--seed={seed}", f"--run_dir={run_dir}", "--resume=auto")
+            yield Cell(
+                name,
+                replace(config, seed=seed, run_dir=str(run_dir), resume="auto"),
+                (f"--config={file}", *flags, *own),
+            )
+
+
+def summary_of(cell: Cell) -> dict[str, Any] | None:
+    """The summary of the run if it is finished; ValueError if another one is in its place."""
+    from semi_fast.data_prep.long_tail import split_for
+    from semi_fast.manifest import load_manifest, seal_split
+    from semi_fast.reproduce.command import finished
+
+    if not (cell.run_dir / "summary.json").is_file():
+        return None
+    manifest = load_manifest(cell.config.data.path)
+    return finished(cell.config, seal_split(split_for(manifest, "run", cell.config.split)).sha256)
+
+
+def devices(cells: Sequence[Cell]) -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is for a run on each of the devices; None alone for the CPU."""
+    if all(cell.config.device == "cpu" for cell in cells):
+        return [None]
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(named.split(",") if named else map(str, range(count))) if count else [None]
+
+
+def carry_out(waiting: deque[Cell], slots: deque[str | None]) -> dict[str, int]:
+    """Exit codes by name; at most one run on each of the `slots` at a time. Running ones are ended with this call."""
+    codes: dict[str, int] = {}
+    threads = max(1, (os.cpu_count() or 1) // max(1, min(len(slots), len(waiting))))
+    running: dict[str, tuple[Cell, subprocess.Popen[bytes], str | None, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and slots:
+                cell, slot = waiting.popleft(), slots.popleft()
+                running[cell.name] = cell, start(cell, slot, threads), slot, time.monotonic()
+                print(f"{cell.name}: started{'' if slot is None else f' on GPU {slot}'}", flush=True)
+            for name, (cell, process, slot, began) in list(running.items()):
+                if (code := process.poll()) is not None:
+                    del running[name]
+                    slots.append(slot)
+                    codes[name] = code
+                    print(outcome(cell, code, time.monotonic() - began), flush=True)
+            time.sleep(POLL_SECONDS)
+    finally:
+        end(process for _, process, _, _ in running.values())
+    return codes
+
+
+def start(cell: Cell, slot: str | None, threads: int) -> subprocess.Popen[bytes]:
+    """The run's process; it sees its device and has its share of the cores alone, and writes to its log."""
+    cell.output.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    if slot is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = slot
+    command = [sys.executable, "-m", "semi_fast.train", *cell.arguments]
+    with cell.output.open("ab") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def outcome(cell: Cell, code: int, seconds: float) -> str:
+    """How a run ended, in one line."""
+    minutes = f"{seconds / 60:.1f} min"
+    if code == 0:
+        found = read_json(cell.run_dir / "summary.json")
+        return f"{cell.name}: {found['balanced_accuracy_last20']:.1f}% balanced accuracy, {minutes}"
+    lines = [line for line in cell.output.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{cell.name}: FAILED with code {code} after {minutes}: {lines[-1] if lines else ''} ({cell.output})"
+
+
+def end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Tell processes to end, and see to it."""
+    left = list(processes)
+    for process in left:
+        process.terminate()
+    deadline = time.monotonic() + ENDING_SECONDS
+    for process in left:
+        try:
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,116 @@
+"""Several runs at a time: what they leave, what is taken as it is, and how a failure and an interruption end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from semi_fast import sweep as module
+from semi_fast.cli import main
+from semi_fast.sweep import devices, sweep
+
+from .tiny import ARGUMENTS
+
+
+@pytest.fixture
+def files(digits: Path, tmp_path: Path) -> list[str]:
+    """Two small configurations."""
+    paths = []
+    for name in ("supervised", "fixmatch"):
+        lines = [f"data: {{path: {digits}}}", f"method: {{name: {name}}}", "optim: {steps: 4}", "eval: {every: 2}"]
+        path = tmp_path / f"{name}.yaml"
+        path.write_text("\n".join(lines))
+        paths.append(str(path))
+    return paths
+
+
+FLAGS = [flag for flag in ARGUMENTS if not flag.startswith(("--optim.steps", "--eval.every"))]
+
+
+def test_every_file_with_every_seed_and_what_is_finished_stays(
+    files: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["sweep", files[0], "--seeds", "0,1", "--out", str(out), "--per-device", "2", *FLAGS]
+    assert main(words) == 0
+    said = capfd.readouterr().out
+    assert "2 runs, 2 at a time" in said
+    runs = [out / "supervised" / f"seed_{seed}" for seed in (0, 1)]
+    for run in runs:
+        assert json.loads((run / "summary.json").read_text())["seed"] == int(run.name[-1])
+        assert "report: " in run.with_suffix(".log").read_text()
+    assert (out / "report.html").is_file()
+    written = (runs[0] / "summary.json").stat().st_mtime_ns
+    assert main(words) == 0
+    assert "0 runs" in capfd.readouterr().out
+    assert (runs[0] / "summary.json").stat().st_mtime_ns == written
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(
+    files: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "supervised" / "seed_0").mkdir(parents=True)
+    (out / "supervised" / "seed_0" / "mine.txt").write_text("not a run")
+    assert sweep(files, seeds=[0], out=out, flags=FLAGS) == 1
+    said = capfd.readouterr().out
+    assert "supervised/seed_0: FAILED with code 2" in said
+    assert "run_dir must be new, empty or a run" in said
+    assert (out / "fixmatch" / "seed_0" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed=3"], "--seed is set by sweep; use --seeds"),
+        (["--optim.lr=-1"], "optim.lr must be positive; got -1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    files: list[str], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(files, seeds=[0], out=tmp_path / "out", flags=[*FLAGS, *flags])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="must have different names"):
+        sweep([files[0], files[0]], seeds=[0], out=tmp_path / "out", flags=FLAGS)
+    with pytest.raises(ValueError, match="--per-device must be at least 1; got 0"):
+        sweep(files, seeds=[0], out=tmp_path / "out", per_device=0, flags=FLAGS)
+
+
+def test_every_gpu_is_used(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [flag for flag in FLAGS if flag != "--device=cpu"]
+    cells = list(module.cells_of(files, seeds=[0], out=tmp_path, flags=flags))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices(cells) == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert devices(cells) == ["4", "6", "7"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert devices(cells) == [None]
+    assert devices(list(module.cells_of(files, seeds=[0], out=tmp_path, flags=FLAGS))) == [None]
+
+
+def test_an_interruption_ends_the_runs(files: list[str], tmp_path: Path) -> None:
+    long = ["--optim.steps=100000", "--eval.every=1000"]
+    words = ["sweep", files[0], "--seeds", "0", "--out", str(tmp_path / "out"), *FLAGS, *long]
+    process = subprocess.Popen([sys.executable, "-m", "semi_fast.cli", *words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    config = tmp_path / "out" / "supervised" / "seed_0" / "config.yaml"
+    deadline = time.monotonic() + 60
+    while not config.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    lock = tmp_path / "out" / "supervised" / "seed_0" / "run.lock"
+    runner = int(lock.read_text().split()[1]) if lock.exists() else None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    if runner is not None:
+        with pytest.raises(ProcessLookupError):
+            os.kill(runner, 0)
