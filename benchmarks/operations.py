@@ -16,7 +16,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -55,15 +55,11 @@ BATCH, SIDE = 2, 32
 def as_on_a_gpu() -> Iterator[None]:
     """Kernels instead of references, and shapes that depend on no value."""
     modules = [m for name, m in sys.modules.items() if name.startswith("semi_fast.ops.") and hasattr(m, "has_kernel")]
-    patches = [patch.object(module, "has_kernel", lambda device: True) for module in modules]
-    patches.append(patch.object(door, "values_at_hand", lambda device: False))
-    for one in patches:
-        one.start()
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "has_kernel", lambda device: True))
+        stack.enter_context(patch.object(door, "values_at_hand", lambda device: False))
         yield
-    finally:
-        for one in patches:
-            one.stop()
 
 
 class Step:
@@ -83,9 +79,14 @@ class Step:
             step=torch.zeros((), dtype=torch.int64),
             bad_step=torch.full((), NEVER, dtype=torch.int64),
         )
-        statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
         views = Augmenter(
-            AugmentConfig(), seed=0, resolution=(SIDE, SIDE), device=CPU, dtype=torch.float32, **statistics
+            AugmentConfig(),
+            seed=0,
+            resolution=(SIDE, SIDE),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.2, 0.2, 0.2),
+            device=CPU,
+            dtype=torch.float32,
         ).views
         optim, ema = OptimConfig(steps=20), EmaConfig()
         self.program = TrainStep(state, self.method, views, optim=optim, ema=ema, precision="fp32")

@@ -74,8 +74,9 @@ class HostSource:
     def stage(self, out: Tensor) -> None:
         """Make the two buffers between thread and step; here, as none may be made while a step is captured."""
         if self.copied and not self.staged:
-            where = {"device": out.device} if self.on_device else {"pin_memory": True}
-            self.staged = [torch.empty(out.shape, dtype=torch.uint8, **where) for _ in range(2)]
+            here = out.device if self.on_device else torch.device("cpu")
+            pinned = not self.on_device
+            self.staged = [torch.empty(out.shape, dtype=out.dtype, device=here, pin_memory=pinned) for _ in range(2)]
 
     def load(self, step: int) -> Tensor:
         """The rows of `step`, ready to be copied; in the thread."""

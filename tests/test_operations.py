@@ -34,9 +34,7 @@ def test_no_step_dispatches_more_than_is_recorded(method: str) -> None:
         assert found[level] <= int(budget[level]), f"{level}: {found}"
 
 
-@pytest.mark.parametrize(
-    ("model", "classes", "gflop"), [("wrn_28_2", 10, 0.4287), ("resnet50_cifar", 127, 2.5967)]
-)
+@pytest.mark.parametrize(("model", "classes", "gflop"), [("wrn_28_2", 10, 0.4287), ("resnet50_cifar", 127, 2.5967)])
 def test_arithmetic_of_the_published_models(model: str, classes: int, gflop: float) -> None:
     """Of one forward of one image of 32 pixels, 2 per multiply-add, two heads."""
     network = make_classifier(ModelConfig(name=model), classes, ("head", "balanced_head"), (32, 32))
@@ -64,3 +62,8 @@ def test_the_package_and_its_help_start_at_once() -> None:
     """In CPU time, which the load of the machine does not change much: 0.3 s and 0.5 s are promised."""
     assert cpu_seconds("-c", "import semi_fast") < 0.3
     assert cpu_seconds("-m", "semi_fast.cli", "--help") < 0.5
+
+
+def test_the_readme_says_what_is_recorded() -> None:
+    text = " ".join((RESULTS.parents[2] / "README.md").read_text(encoding="utf-8").split())
+    assert f"A step of SeMi dispatches {recorded()['semi']['eager']} operations" in text
