@@ -145,16 +145,37 @@ def parts(options: MethodConfig, model_name: str = "wrn_28_2") -> dict[str, int]
     }
 
 
+def reference_parts() -> dict[str, int]:
+    """Operations and waits of a step of the reference loop while its bank fills, the work of its loaders left out."""
+    from benchmarks.reference.loop import ReferenceLoop
+    from benchmarks.step_cases import Shape, configured, data_of, split_of
+
+    shape = Shape("wrn_28_2", SIDE, 64, 1)
+    with data_of(shape, None, small=True) as manifest:
+        flags = ["--method.semi.threshold=0.15", "--method.semi.warmup_epochs=0"]
+        config = configured(shape, manifest, CPU, flags)
+        loop = ReferenceLoop(config, manifest, split_of(config, manifest), CPU, workers=0)
+        loop.step()
+        batch = loop.fetch()
+        whole, waits = counted(lambda: loop.update(batch))
+        loop.close()
+    return {"eager": whole, "waits": waits}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operations", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     out: Path = parser.parse_args().out
     provenance = measure.provenance(CPU, measure.command("benchmarks.operations", sys.argv[1:]))
+    origin = {key: provenance[key] for key in ("date", "commit", "torch", "triton", "command")}
     rows = []
     for name, options in METHODS.items():
         row = {"loop": name, "model": "wrn_28_2", **parts(options)}
         print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
-        rows.append(row | {key: provenance[key] for key in ("date", "commit", "torch", "triton", "command")})
+        rows.append(row | origin)
+    row = {"loop": "semi, reference loop", "model": "wrn_28_2", **reference_parts()}
+    print(row)
+    rows.append({key: row.get(key, "") for key in rows[0]} | origin)
     measure.write_csv(out, rows)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from semi_fast import processes
 from semi_fast.metrics import add_pairs
 
+BATCH = {"cuda": 512, "cpu": 64}  # a CPU's caches hold the activations of no more
+
 
 @dataclass
 class EvalSet:
@@ -31,16 +33,16 @@ class Evaluation:
         predict: Callable[[Tensor], dict[str, Tensor]],
         *,
         classes: int,
-        batch: int,
+        batch: int | None,
         rank: int,
     ):
         """`predict` gives logits [n, C] by name, from uint8 images [n, H, W, 3]; `batch` images a forward, over all
-        processes."""
+        processes, None for as many as suit the device."""
         self.name, self.set, self.predict = eval_set.name, eval_set, predict
         n, device = len(eval_set.labels), eval_set.labels.device
         share = -(-n // processes.count())
         self.first, self.end = rank * share, min((rank + 1) * share, n)
-        self.size = min(-(-batch // processes.count()), share)
+        self.size = min(-(-(batch or BATCH[device.type]) // processes.count()), share)
         self.batches = -(-share // self.size)
         self.at = torch.zeros((), dtype=torch.int64, device=device)
         self.index = torch.arange(self.size, device=device)

@@ -1,1 +1,1 @@
-"""What the operations are compared with: the step of the released code, row by row, written from its description."""
+"""What ours is compared with: the released code's step and loop, written from their description."""

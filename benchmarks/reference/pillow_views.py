@@ -56,14 +56,14 @@ TRANSFORMS: dict[str, Callable[[Image.Image, int, int], Image.Image]] = {
 NAMES = tuple(TRANSFORMS)
 
 
-def draw_weak(random: Random, pad: int) -> View:
-    """A mirror image or not, and where to cut."""
-    return View(random.random() < 0.5, (random.randint(0, 2 * pad), random.randint(0, 2 * pad)))
+def draw_weak(random: Random, pad: int, *, flip: bool = True) -> View:
+    """A mirror image or not, where images may be mirrored, and where to cut."""
+    return View(flip and random.random() < 0.5, (random.randint(0, 2 * pad), random.randint(0, 2 * pad)))
 
 
-def draw_strong(random: Random, side: int, pad: int, cutout: int) -> View:
+def draw_strong(random: Random, side: int, pad: int, cutout: int, *, flip: bool = True) -> View:
     """The same, two operations of which each happens with probability 1/2, and a box."""
-    weak = draw_weak(random, pad)
+    weak = draw_weak(random, pad, flip=flip)
     chosen = [(random.choice(NAMES), random.randint(1, 9), random.choice((-1, 1))) for _ in range(2)]
     y, x = (int(max(0.0, random.uniform(0, side) - cutout / 2)) for _ in range(2))
     return View(weak.flip, weak.crop, tuple(o for o in chosen if random.random() < 0.5), (y, x))

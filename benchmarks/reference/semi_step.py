@@ -75,7 +75,7 @@ def push(bank: LoopBank, features: Tensor, labels: Tensor, confidences: Tensor, 
             insert(bank, label, feature, confidence)
 
 
-def decay(bank: LoopBank) -> None:
+def decay(bank: LoopBank, factor: float = DECAY) -> None:
     """Section 2.9: lower what was not accepted since the last decay, found by equal values as often as they occur."""
     for k, accepted in enumerate(bank.accepted):
         stored = bank.confidences[k]
@@ -89,7 +89,7 @@ def decay(bank: LoopBank) -> None:
             fresh = recent_counts[recent_values == value].item()
             stale[here[: max(len(here) - int(fresh), 0)]] = True
         lowered = stored.clone()
-        lowered[stale] = stored[stale] * DECAY
+        lowered[stale] = stored[stale] * factor
         order = lowered.argsort(descending=True)
         bank.confidences[k] = lowered[order]
         bank.features[k] = bank.features[k][order]
@@ -99,6 +99,12 @@ def decay(bank: LoopBank) -> None:
 def prototypes(bank: LoopBank) -> Tensor:
     """Section 2.10: the mean over all slots of a class, empty ones included, anew in every step: [C, D]."""
     return bank.features.mean(1)
+
+
+def prototypes_of_filled(bank: LoopBank) -> tuple[Tensor, Tensor]:
+    """The same, corrected: (the mean over the filled slots [C, D], bool [C]: classes that have one)."""
+    filled = (bank.confidences > 0).sum(1, keepdim=True)
+    return bank.features.sum(1) / filled.clamp(min=1), filled.squeeze(1) > 0
 
 
 def count_classes(counts: Tensor, labels: Tensor, mask: Tensor) -> None:
@@ -117,7 +123,12 @@ class PlainLabels(NamedTuple):
 
 @torch.no_grad()
 def pseudo_labels(
-    logits: Tensor, balanced_logits: Tensor, queries: Tensor, centers: Tensor, mixing: Tensor, adjustment: Tensor
+    logits: Tensor,
+    balanced_logits: Tensor,
+    queries: Tensor,
+    centers: Tensor,
+    mixing: Tensor,
+    adjustment: Tensor,
 ) -> PlainLabels:
     """Sections 2.5 and 2.11 for U images: prototypes' vote mixed column by column, rows left as they are.
 
@@ -126,15 +137,62 @@ def pseudo_labels(
     probs = softmax(logits, 1)
     votes = softmax(-torch.cdist(queries, centers) / 0.1, 1)
     mixed = (1 - mixing) * probs + mixing * votes
+    return labels_of(probs, mixed, logits, balanced_logits, adjustment, threshold=0.7, span=0.75)
+
+
+@torch.no_grad()
+def corrected_pseudo_labels(
+    logits: Tensor,
+    balanced_logits: Tensor,
+    queries: Tensor,
+    centers: tuple[Tensor, Tensor],
+    mixing: Tensor,
+    adjustment: Tensor,
+    *,
+    threshold: float,
+    temperature: float,
+    span: float,
+) -> PlainLabels:
+    """The same, corrected: only classes with a prototype vote (`centers` is what `prototypes_of_filled` gives), and
+    the rows sum to 1."""
+    probs = softmax(logits, 1)
+    distances = torch.cdist(queries, centers[0]).masked_fill(~centers[1], 1e9)
+    mixing = mixing * centers[1]
+    mixed = (1 - mixing) * probs + mixing * softmax(-distances / temperature, 1)
+    mixed = mixed / mixed.sum(1, keepdim=True)
+    return labels_of(probs, mixed, logits, balanced_logits, adjustment, threshold=threshold, span=span)
+
+
+@torch.no_grad()
+def warm_up_labels(logits: Tensor, balanced_logits: Tensor, adjustment: Tensor, *, threshold: float) -> PlainLabels:
+    """Before prototypes vote: the head's own prediction, every row as hard as the other."""
+    probs = softmax(logits, 1)
+    return labels_of(probs, probs, logits, balanced_logits, adjustment, threshold=threshold, span=None)
+
+
+def labels_of(
+    probs: Tensor,
+    mixed: Tensor,
+    logits: Tensor,
+    balanced_logits: Tensor,
+    adjustment: Tensor,
+    *,
+    threshold: float,
+    span: float | None,
+) -> PlainLabels:
+    """Labels and masks of both heads from the predictions before and after mixing; no `span`: no entropy weights."""
     plain_confidence, _ = torch.max(probs, 1)
     confidence, label = torch.max(mixed, 1)
-    mask = confidence.ge(0.7) + plain_confidence.ge(0.7)
+    mask = confidence.ge(threshold) + plain_confidence.ge(threshold)
     balanced_confidence, balanced_label = torch.max(softmax(logits - adjustment, 1), 1)
     own_confidence, _ = torch.max(softmax(balanced_logits, 1), 1)
-    balanced_mask = balanced_confidence.ge(0.7) + own_confidence.ge(0.7)
-    clamped = mixed.clamp(1e-8, 1 - 1e-8)
-    entropy = -(clamped * torch.log2(clamped)).sum(1) / torch.log2(torch.tensor(float(mixed.shape[1])))
-    hardness = entropy * 0.75 + 0.25
+    balanced_mask = balanced_confidence.ge(threshold) + own_confidence.ge(threshold)
+    if span is None:
+        hardness = torch.ones_like(confidence)
+    else:
+        clamped = mixed.clamp(1e-8, 1 - 1e-8)
+        entropy = -(clamped * torch.log2(clamped)).sum(1) / torch.log2(torch.tensor(float(mixed.shape[1])))
+        hardness = entropy * span + (1 - span)
     return PlainLabels(label, confidence, mask, hardness, balanced_label, balanced_mask)
 
 
@@ -145,10 +203,19 @@ def masked_cross_entropy(logits: Tensor, target: Tensor, coefficient: Tensor) ->
     return (losses * torch.cat([coefficient] * views)).mean()
 
 
-def embedding_align(weak: Tensor, strong: Tensor, center: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    """Section 2.12: (loss, new centre); student temperature 0.09, teacher a fifth of it, momentum 0.9."""
+def embedding_align(
+    weak: Tensor,
+    strong: Tensor,
+    center: Tensor,
+    coefficient: Tensor,
+    *,
+    temperature: float = 0.09,
+    sharpening: float = 5,
+    momentum: float = 0.9,
+) -> tuple[Tensor, Tensor]:
+    """Section 2.12: (loss, new centre); the teacher's temperature is `sharpening` times lower."""
     views = len(strong) // len(weak)
-    target = softmax((weak - center) / (0.09 / 5), 1).detach()
-    losses = torch.stack([-(target * log_softmax(rows / 0.09, 1)).sum(1) for rows in strong.chunk(views)])
+    target = softmax((weak - center) / (temperature / sharpening), 1).detach()
+    losses = torch.stack([-(target * log_softmax(rows / temperature, 1)).sum(1) for rows in strong.chunk(views)])
     loss = (losses * coefficient).mean()
-    return loss, center * 0.9 + target.mean(0) * 0.1
+    return loss, center * momentum + target.mean(0) * (1 - momentum)

@@ -81,7 +81,7 @@ def check(config: Config) -> None:
             1 <= c.eval.every <= c.optim.steps,
             f"eval.every must lie in 1..optim.steps; got {c.eval.every} and {c.optim.steps} steps",
         ),
-        (c.eval.batch >= 1, f"eval.batch must be at least 1; got {c.eval.batch}"),
+        (c.eval.batch is None or c.eval.batch >= 1, f"eval.batch must be at least 1; got {c.eval.batch}"),
         (c.log.every >= 1, f"log.every must be at least 1; got {c.log.every}"),
         (c.checkpoint.every >= 0, f"checkpoint.every must not be negative; got {c.checkpoint.every}"),
         (c.checkpoint.keep >= 1, f"checkpoint.keep must be at least 1; got {c.checkpoint.keep}"),

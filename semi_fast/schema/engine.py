@@ -30,8 +30,8 @@ class EvalConfig:
 
     every: int = 500
     """Steps between evaluations; the last step is always evaluated."""
-    batch: int = 512
-    """Images per evaluation forward, over all processes."""
+    batch: int | None = None
+    """Images per evaluation forward, over all processes; empty: 512 on a GPU, 64 on a CPU, whose caches hold those."""
 
 
 @dataclass(frozen=True)

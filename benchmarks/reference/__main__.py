@@ -1,0 +1,208 @@
+"""Time a step of ours beside one of the released loop: `python -m benchmarks.reference --data DATA --out FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import first_steps, measure, ops, trainers
+from benchmarks.case import Goal
+from benchmarks.first_steps import First
+from benchmarks.measure import Counts, Spread, Work, paired_ratio, quartiles
+from benchmarks.reference.loop import ReferenceLoop
+from benchmarks.trainers import OURS, REFERENCE, TRAINERS, OurLoop, Seconds, Setting, Trainer, run_steps, timed
+
+SAME = "same"  # a second window of ours
+SPREADS = (
+    *("cpu_seconds", "wall_seconds", "cpu_ratio", "wall_ratio", "same_over_same_ratio"),
+    *("evaluation_cpu_seconds", "evaluation_wall_seconds"),
+)
+FEW_CORES = 4
+CLOCK = (
+    "wall and CPU seconds per step, over windows that begin and end with an idle device and full queues; CPU time of "
+    "the process, its threads and its loaders' processes. Verdicts by CPU time on a CPU and by wall on a GPU. Counts: "
+    "without the reference's loaders, with our views. If no flag says otherwise the steps are of the phase after the "
+    "warm-up, where every term takes part. " + first_steps.MEANING
+)
+ACTIVE = "--method.semi.warmup_epochs=0"
+Rows = list[dict[str, Any]]
+
+
+def goals(cores: int) -> tuple[Goal, ...]:
+    """What ours must reach; a GPU fed by few cores leaves the reference's loaders further behind."""
+    return Goal("cpu", "cpu_ratio", 1.15, True), Goal("cuda", "wall_ratio", 10 if cores <= FEW_CORES else 7, True)
+
+
+def run_windows(loops: Mapping[str, Trainer], steps: int, repeats: int, device: torch.device) -> dict[str, list[Any]]:
+    """Seconds per step of each window, and of ours a second one; they take turns, the first repeat is thrown away."""
+    windows: dict[str, list[Seconds]] = {name: [] for name in (*loops, SAME)}
+    names = list(windows)
+    for repeat in range(repeats + 1):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            loop = loops[OURS if name == SAME else name]
+            seconds = timed(lambda loop=loop: run_steps(loop, steps), device)
+            if repeat:
+                windows[name].append(Seconds(seconds.wall / steps, seconds.cpu / steps))
+        print(f"window {repeat} of {repeats}", file=sys.stderr)
+    return windows
+
+
+def count(loop: Trainer, device: torch.device) -> Counts:
+    """Operations or launches, and waits, of one step."""
+    if isinstance(loop, ReferenceLoop):
+        batch = loop.fetch()
+        return measure.count(Work([lambda: loop.update(batch)]), device)
+    return measure.count(Work([loop.step]), device)
+
+
+def compare(name: str, windows: Mapping[str, Sequence[Seconds]], evaluations: Sequence[Seconds]) -> dict[str, Spread]:
+    """The spreads of a trainer."""
+    mine, base = windows[name], windows[REFERENCE]
+    found = {
+        "cpu_seconds": quartiles([window.cpu for window in mine]),
+        "wall_seconds": quartiles([window.wall for window in mine]),
+        "cpu_ratio": paired_ratio([window.cpu for window in base], [window.cpu for window in mine]),
+        "wall_ratio": paired_ratio([window.wall for window in base], [window.wall for window in mine]),
+    }
+    if evaluations:
+        found["evaluation_cpu_seconds"] = quartiles([one.cpu for one in evaluations])
+        found["evaluation_wall_seconds"] = quartiles([one.wall for one in evaluations])
+    return found
+
+
+def control(windows: Mapping[str, Sequence[Seconds]], device: torch.device) -> Spread:
+    """Of ours to itself, by the clock of the verdict."""
+    same, ours = ([window.of(device) for window in windows[name]] for name in (SAME, OURS))
+    return paired_ratio(same, ours)
+
+
+def measure_setting(setting: Setting, *, before: int, steps: int, repeats: int, evaluations: int) -> Rows:
+    """A row for each trainer."""
+    device, firsts, loops, again = setting.device, {}, {}, {}
+    for name in TRAINERS:
+        firsts[name] = first_steps.begin(name, setting)
+        print(f"{name}: {first_steps_in_words(firsts[name])}", file=sys.stderr)
+    for name in TRAINERS:  # the reference first: its workers are forked before there are threads
+
+        def start(name: str = name) -> None:
+            loops[name] = setting.open(name)
+            loops[name].step()
+
+        again[name] = timed(start, device)
+        run_steps(loops[name], before)
+    reference = loops[REFERENCE]
+    assert isinstance(reference, ReferenceLoop)
+    loaded, done = reference.loading_seconds, reference.done
+    windows = run_windows(loops, steps, repeats, device)
+    loading = (reference.loading_seconds - loaded) / (reference.done - done)
+    evaluated = {name: [] for name in TRAINERS}
+    for _ in range(evaluations):
+        for name in TRAINERS:
+            evaluated[name].append(timed(loops[name].evaluate, device))
+    rows = []
+    for name, loop in loops.items():
+        found = compare(name, windows, evaluated[name]) | {"same_over_same_ratio": control(windows, device)}
+        counted = count(loop, device)
+        ours = isinstance(loop, OurLoop)
+        row: dict[str, Any] = {"trainer": name, **setting.columns}
+        row["precision"] = setting.config.precision if ours else "fp32"
+        row["level"] = loop.engine.level["level"] if isinstance(loop, OurLoop) else "eager"
+        for column in SPREADS:
+            for part in Spread._fields:
+                key = column if part == "median" else f"{column}_{part}"
+                row[key] = ops.digits(getattr(found[column], part)) if column in found else ""
+        row["loading_seconds"] = "" if ours else ops.digits(loading)
+        row["selected_rows"] = "" if ours else f"{reference.meters['mask'] * 2 * unlabeled(setting):.0f}"
+        row["bank_fill"] = "" if ours else f"{float((reference.bank.confidences > 0).float().mean()):.3f}"
+        row |= {f"{c}_per_step": "" if v is None else f"{v:.1f}" for c, v in counted._asdict().items()}
+        first = firsts[name]
+        row["build_seconds"], row["first_step_seconds"] = (
+            f"{seconds:.2f}" for seconds in (first.build_seconds, first.step_seconds)
+        )
+        row["second_start_seconds"] = f"{again[name].wall:.2f}"
+        row["peak_mib"] = f"{first.peak_mib:.0f}"
+        row["reserved_mib"] = "" if first.reserved_mib is None else f"{first.reserved_mib:.0f}"
+        row["memory_share"] = f"{first.peak_mib / firsts[REFERENCE].peak_mib:.3f}"
+        row["goal"], row["verdict"] = ops.judge(goals(os.cpu_count() or 1) if ours else (), found, device)
+        row |= {"n": repeats, "steps_per_window": steps, "steps_before": before}
+        rows.append(row)
+        loop.close()
+    return rows
+
+
+def unlabeled(setting: Setting) -> int:
+    return setting.config.batch.labeled * setting.config.batch.unlabeled_ratio
+
+
+def first_steps_in_words(first: First) -> str:
+    return f"built in {first.build_seconds:.2f} s, first step {first.step_seconds:.2f} s, {first.peak_mib:.0f} MiB"
+
+
+def screen(rows: Rows) -> str:
+    """The rows for a terminal, and what the goal says."""
+    columns = {
+        "cpu_seconds": "CPU s/step",
+        "wall_seconds": "wall s/step",
+        "cpu_ratio": f"CPU, {REFERENCE}/this",
+        "wall_ratio": f"wall, {REFERENCE}/this",
+    }
+    ends = {
+        "dispatched_per_step": "dispatched",
+        "launches_per_step": "launches",
+        "waits_per_step": "waits",
+        "peak_mib": "peak MiB",
+        "evaluation_cpu_seconds": "evaluation CPU s",
+        "evaluation_wall_seconds": "wall s",
+    }
+    table, lines = [["", "model", "precision", "level", *columns.values(), *ends.values()]], []
+    for row in rows:
+        numbers = [ops.interval(row, column) for column in columns]
+        table.append([*(row[c] for c in ("trainer", "model", "precision", "level")), *numbers])
+        table[-1] += [row[column] or "-" for column in ends]
+        if row["goal"]:
+            lines.append(f"{row['verdict']}: {row['goal']}, {ops.interval(row, row['goal'].split()[0])}")
+            lines.append(f"ours to itself {ops.interval(row, 'same_over_same_ratio')}")
+    return "\n\n".join([measure.aligned(table), "\n".join(lines)])
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reference", description=f"{__doc__} {trainers.HELP}", allow_abbrev=False
+    )
+    parser.add_argument("--data", type=Path, required=True, help="a prepared data set")
+    parser.add_argument("--out", type=Path, help="the CSV to write")
+    parser.add_argument("--steps", type=int, help="of a window; 2 on a CPU, else 50")
+    parser.add_argument("--repeats", type=int, default=15, help="windows of each")
+    parser.add_argument("--before", type=int, help="steps of each before the first window; as many, if not said")
+    parser.add_argument("--evaluations", type=int, default=1, help="of the test set by each; 0 for none")
+    parser.add_argument("--workers", type=int, help="processes of each of the reference's loaders; 0 on a CPU, else 4")
+    arguments, flags = parser.parse_known_args(words)
+    try:
+        setting = trainers.settings(arguments.data, [ACTIVE, *flags], arguments.workers)
+    except ValueError as error:
+        parser.error(str(error))
+    steps = arguments.steps if arguments.steps is not None else 2 if setting.device.type == "cpu" else 50
+    before = steps if arguments.before is None else arguments.before
+    if min(steps, arguments.repeats) < 1 or min(before, arguments.evaluations) < 0:
+        parser.error("--steps and --repeats must be positive, --before and --evaluations not negative")
+    torch.set_num_threads(1)
+
+    origin = measure.provenance(setting.device, trainers.repeated("benchmarks.reference", words)) | {"clock": CLOCK}
+    numbers = {"repeats": arguments.repeats, "evaluations": arguments.evaluations}
+    rows = [row | origin for row in measure_setting(setting, before=before, steps=steps, **numbers)]
+    print(screen(rows))
+    print(f"{origin['hardware']}, {origin['threads']} thread, n={arguments.repeats}; {origin['spread']}")
+    if arguments.out:
+        measure.write_csv(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""What `benchmarks.step` times: data, engines at every rung of the ladder, and a step cut into growing parts."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Work
+from semi_fast import train
+from semi_fast.batch import Rows
+from semi_fast.capture import rehearse
+from semi_fast.cli import parse_config
+from semi_fast.data_prep.long_tail import split_for
+from semi_fast.data_prep.prepare import publish
+from semi_fast.data_prep.readers import Raw
+from semi_fast.engine import Engine
+from semi_fast.levels import Level, compile_obstacle
+from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
+from semi_fast.methods.base import Loss
+from semi_fast.processes import gather_rows, sums
+from semi_fast.schedule import cosine_7_16, ema_weight
+from semi_fast.schema.config import Config, check
+
+BLOCK = 4096  # images made at once
+TAIL, RATIO = 20, 100
+"""Images of the smallest class, and how many times as many the largest may have at most."""
+LABELED_SHARE = 0.1
+MIB = 2**20
+SYNTHETIC = {"wrn_28_2": (10, 4500, 10_000), "resnet50_cifar": (127, 100, 2_000)}
+"""By model: classes, training images of the largest class, test images."""
+TRAFFIC = {
+    ("wrn_28_2", 32, 256): {"eager fp32": 10.7, "eager bf16": 5.34, "fused bf16": 3.93},
+    ("wrn_28_2", 32, 448): {"eager fp32": 18.7, "eager bf16": 9.34, "fused bf16": 6.88},
+    ("resnet50_cifar", 32, 256): {"eager fp32": 75.9, "eager bf16": 37.9, "fused bf16": 27.3},
+    ("resnet50_cifar", 64, 256): {"eager fp32": 303.0, "eager bf16": 151.0, "fused bf16": 109.0},
+    ("resnet50_cifar", 32, 448): {"fused bf16": 47.9},
+    ("resnet50_cifar", 64, 448): {"fused bf16": 191.0},
+}
+"""By (model, side, rows): GB that forward and backward move, counted from the graph; half precision is that of bf16."""
+FLOOR_MS = {
+    ("wrn_28_2", 32, 256): 1.39,
+    ("wrn_28_2", 32, 448): 2.43,
+    ("resnet50_cifar", 32, 256): 4.8,
+    ("resnet50_cifar", 64, 256): 19.1,
+}
+"""By (model, side, rows): what an H200 needs with ideal fusion and its convolutions of few channels; modelled."""
+
+
+class Shape(NamedTuple):
+    """The network and the images of a step."""
+
+    model: str
+    side: int
+    labeled: int
+    unlabeled_ratio: int
+
+    @property
+    def rows(self) -> int:
+        """Of one forward; two strong views."""
+        return self.labeled * (1 + 3 * self.unlabeled_ratio)
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.side} px {self.rows} rows"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to carry out the same step."""
+
+    level: str
+    precision: str
+    channels_last: bool = True
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        fused = ["compile"] if self.level == "graph" and self.compiled else []
+        return "-".join([self.level, *fused, self.precision, *([] if self.channels_last else ["contiguous"])])
+
+    @property
+    def traffic(self) -> str:
+        """Which column of `TRAFFIC` it is compared with."""
+        return "eager fp32" if self.precision == "fp32" else "fused bf16" if self.compiled else "eager bf16"
+
+    def obstacle(self, device: torch.device) -> str:
+        """Why it cannot be carried out; empty where it can."""
+        if self.level == "graph" and device.type != "cuda":
+            return f"a {device.type} has no CUDA graphs"
+        return compile_obstacle(device, synchronised=False) if self.compiled else ""
+
+    def flags(self) -> list[str]:
+        options = {"engine.level": self.level, "precision": self.precision, "engine.channels_last": self.channels_last}
+        return [f"--{key}={str(value).lower()}" for key, value in options.items()]
+
+
+def ladder(precisions: Sequence[str]) -> list[Rung]:
+    """From the plainest step to the fastest."""
+    rungs = [Rung("eager", "fp32", channels_last=False), Rung("eager", "fp32")]
+    for precision in precisions:
+        rungs.append(Rung("eager", precision))
+        rungs.append(Rung("compile", precision, compiled=True))
+        rungs += [Rung("graph", precision, compiled=compiled) for compiled in (False, True)]
+    return list(dict.fromkeys(rungs))
+
+
+def synthetic(out: Path, side: int, *, classes: int, largest: int, tests: int) -> Manifest:
+    """Prepares noise over one colour pattern for each class; the training classes are long-tailed."""
+    falling = largest * min(RATIO, max(1.0, largest / TAIL)) ** (-np.arange(classes) / (classes - 1))
+    rng = np.random.default_rng(0)
+    labels = {
+        "train": rng.permutation(np.repeat(np.arange(classes), np.maximum(falling.astype(int), TAIL))),
+        "test": np.arange(tests) % classes,
+    }
+    patterns = rng.integers(0, 128, (classes, side, side, 3), dtype=np.uint8)
+
+    def blocks() -> Iterator[tuple[str, np.ndarray]]:
+        for part, ids in labels.items():
+            for some in np.array_split(ids, -(-len(ids) // BLOCK)):
+                yield part, patterns[some] + rng.integers(0, 128, (len(some), side, side, 3), dtype=np.uint8)
+
+    names = tuple(map(str, range(classes)))
+    raw = Raw("synthetic", names, (side, side), labels, 0, blocks(), {"rule": "synthetic"})
+    return publish(lambda: raw, out, f"synthetic --side {side} --classes {classes}")
+
+
+@contextmanager
+def data_of(shape: Shape, path: Path | None, *, small: bool = False) -> Iterator[Manifest]:
+    """The prepared data set at `path`, which must have images of this side, or synthetic images in a folder of now."""
+    if path is not None:
+        manifest = load_manifest(path)
+        if manifest.resolution != (shape.side, shape.side):
+            raise ValueError(f"--data must have images of {shape.side} pixels; {path} has {manifest.resolution}")
+        yield manifest
+        return
+    classes, largest, tests = SYNTHETIC.get(shape.model, SYNTHETIC["wrn_28_2"])
+    if small:
+        classes, largest, tests = 10, 100, 40
+    with tempfile.TemporaryDirectory() as folder:
+        yield synthetic(Path(folder) / "data", shape.side, classes=classes, largest=largest, tests=tests)
+
+
+def configured(shape: Shape, manifest: Manifest, device: torch.device, flags: Sequence[str]) -> Config:
+    """A run of `shape` with the defaults of the method; `flags` on top. Without keys of a split, every class has the
+    same share of labeled images."""
+    common = [
+        f"--data.path={manifest.root}",
+        f"--model.name={shape.model}",
+        f"--batch.labeled={shape.labeled}",
+        f"--batch.unlabeled_ratio={shape.unlabeled_ratio}",
+        f"--device={device.type}",
+        f"--run_dir={manifest.root / 'run'}",
+    ]
+    if not any(flag.startswith("--split.") for flag in flags):
+        common.append(f"--split.labeled_fraction={LABELED_SHARE}")
+    config = parse_config([*common, *flags])
+    check(config)
+    return config
+
+
+def split_of(config: Config, manifest: Manifest) -> Split:
+    return seal_split(split_for(manifest, "run", config.split))
+
+
+def open_engine(config: Config, manifest: Manifest, stack: ExitStack, level: Level | None = None) -> Engine:
+    """The engine of a run, without its files; `level` in place of those of the configuration. `stack` ends it."""
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    split = split_of(config, manifest)
+    assert config.run_dir is not None
+    with redirect_stdout(sys.stderr):
+        parts = config, manifest, split, accelerator
+        engine = train.build(*parts, run_dir=Path(config.run_dir), meta={}, stack=stack)
+    engine.screen.quiet = True
+    if level is not None:
+        engine.levels, engine.why = [level], ""
+    return engine
+
+
+def open_rung(rung: Rung, shape: Shape, manifest: Manifest, device: torch.device, stack: ExitStack) -> Engine:
+    """The engine of a rung, which has no other to fall back to."""
+    level = Level(captured=rung.level == "graph", compiled=rung.compiled)
+    return open_engine(configured(shape, manifest, device, rung.flags()), manifest, stack, level)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what engines that are gone held."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Peak:
+    """Memory of the device that is taken from now on, beyond what was; in MiB."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start, self.start_reserved = device, 0, 0
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start, self.start_reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+
+    def forget(self) -> None:
+        """Count anew what is taken at most, from the same start."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def read(self) -> tuple[float, float] | None:
+        """(allocated at most, reserved at most); None where it is not counted."""
+        if self.device.type != "cuda":
+            return None
+        allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+        return (allocated(self.device) - self.start) / MIB, (reserved(self.device) - self.start_reserved) / MIB
+
+
+class Runner:
+    """An engine that goes on, step by step."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.done = engine, 0
+
+    def step(self) -> None:
+        self.engine.one_step(self.done)
+        self.done += 1
+
+    def window(self, steps: int) -> Work:
+        """So many steps; the device is waited for, so that the host runs ahead into no other window."""
+        return window(self.step, steps, self.engine.device)
+
+
+def window(step: Callable[[], object], steps: int, device: torch.device) -> Work:
+    def phase() -> None:
+        for _ in range(steps):
+            step()
+        wait(device)
+
+    return Work([phase], calls_per_phase=steps)
+
+
+def forward_flop(engine: Engine) -> int:
+    """Of one image through the network, counted by torch; a multiplication and an addition are two."""
+    height, width = engine.images.shape[1:3]
+    image = torch.zeros(1, 3, height, width, device=engine.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        engine.program.state.average.model(image)
+    return counter.get_total_flops()
+
+
+def parts(engine: Engine) -> dict[str, Callable[[], Any]]:
+    """A step's work up to the end of each part: every one does all that comes before it, too.
+
+    With a compiled forward and loss `forward` alone is left out: nothing cuts the compiled code.
+    """
+    program, s = engine.program, engine.program.state
+
+    def rows() -> Rows:
+        ids, visits = engine.draws.share(s.step)
+        engine.source.read(ids, engine.images)
+        return Rows(engine.images, ids, visits, engine.labels[ids[: engine.layout.labeled]], engine.layout)
+
+    def views() -> tuple[Rows, Tensor]:
+        read = rows()
+        return read, program.make_views(read)
+
+    def backward() -> tuple[Loss, list[Tensor]]:
+        loss, found = program.losses(*views())
+        s.optimizer.zero_grad(set_to_none=True)
+        s.scaler.scale(loss.total).backward()
+        return loss, found
+
+    def optimizer() -> Loss:
+        loss, found = backward()
+        program.watch(loss.total, found)
+        s.optimizer.param_groups[0]["lr"].copy_(cosine_7_16(s.step, base=program.optim.lr, steps=program.optim.steps))
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.average.update(ema_weight(s.step, decay=program.ema.decay, ramp=program.ema.ramp))
+        return loss
+
+    def update() -> None:
+        loss = optimizer()
+        program.method.update(s.method, gather_rows(loss.pending) | sums(loss.totals), s.step)
+        s.step.add_(1)
+
+    found: dict[str, Callable[[], Any]] = {
+        "rows": rows,
+        "views": views,
+        "forward": lambda: program.forward(s.model, views()[1]),
+        "loss": lambda: program.losses(*views()),
+        "backward": backward,
+        "optimizer": optimizer,
+        "update": update,
+        "count": engine.work,
+    }
+    if program.losses != program.forward_and_loss:
+        del found["forward"]
+    return found
+
+
+PARTS = ("rows", "views", "forward", "loss", "backward", "optimizer", "update", "count")
+
+
+def part_works(engine: Engine, steps: int) -> dict[str, Work]:
+    """Windows of every part: captured on its own where the engine's step is a graph.
+
+    The graphs share their memory: none reads what another has left there.
+    """
+    works = {}
+    graphs = engine.level["level"] == "graph"
+    pool = torch.cuda.graph_pool_handle() if graphs else None
+    for name, part in parts(engine).items():
+        call: Callable[[], Any] = part
+        if graphs:
+            rehearse(dropped(part), engine.changed, engine.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                part()
+            call = graph.replay
+        works[name] = window(call, steps, engine.device)
+    return works
+
+
+def dropped(call: Callable[[], Any]) -> Callable[[], None]:
+    def only() -> None:
+        call()
+
+    return only

@@ -1,0 +1,162 @@
+"""The two trainers that benchmarks of whole steps compare, behind the same calls: ours and the reference loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+
+from benchmarks import measure, pipelines
+from benchmarks.reference.loop import ReferenceLoop, check_rendered
+from semi_fast.cli import parse_config
+from semi_fast.data_prep.long_tail import split_for
+from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
+from semi_fast.schema.config import Config
+from semi_fast.scores import scores
+from semi_fast.train import build
+
+REFERENCE, OURS = "reference", "ours"
+TRAINERS = REFERENCE, OURS
+SMALL = "configs/cifar10_lt/cpu_semi.yaml"
+HELP = "every other flag is one of `semi-fast train`; without --config they are on top of " + SMALL
+
+
+class Trainer(Protocol):
+    """What is timed."""
+
+    def step(self) -> None:
+        """Train one step; on a GPU it may still run when this returns."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """top1 and balanced_accuracy of the averaged weights on the test set, in percent."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OurLoop:
+    """The engine of `semi-fast train`, one step at a time; nothing is written."""
+
+    def __init__(self, config: Config, manifest: Manifest, split: Split, device: torch.device):
+        self.stack = ExitStack()
+        accelerator = Accelerator(cpu=device.type == "cpu")
+        unused = Path("unused")
+        self.engine = build(config, manifest, split, accelerator, run_dir=unused, meta={}, stack=self.stack)
+        self.done = 0
+
+    def step(self) -> None:
+        self.engine.one_step(self.done)
+        self.done += 1
+
+    def evaluate(self) -> dict[str, float]:
+        confusions = self.engine.evaluations[0].confusions()
+        found = scores(confusions[self.engine.program.method.predicts], self.engine.labeled_counts)
+        return {name: found[name] for name in ("top1", "balanced_accuracy")}
+
+    def close(self) -> None:
+        self.stack.close()
+
+
+class Setting(NamedTuple):
+    """What both trainers are given."""
+
+    config: Config
+    manifest: Manifest
+    split: Split
+    device: torch.device
+    workers: int
+    """Processes for each of the reference's two loaders."""
+
+    def open(self, name: str) -> Trainer:
+        if name == OURS:
+            return OurLoop(self.config, self.manifest, self.split, self.device)
+        return ReferenceLoop(self.config, self.manifest, self.split, self.device, workers=self.workers)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What the rows of a benchmark say of it."""
+        c = self.config
+        return {
+            "model": c.model.name,
+            "rows_per_step": c.batch.labeled * (1 + 3 * c.batch.unlabeled_ratio),
+            "images_per_step": c.batch.labeled * (1 + c.batch.unlabeled_ratio),
+            "workers": self.workers,
+            "data": f"{self.manifest.dataset}, sha256 {self.manifest.data_sha256[:12]}",
+            "split_sha256": self.split.sha256[:12],
+        }
+
+
+def settings(data: Path, flags: Sequence[str], workers: int | None) -> Setting:
+    """What the flags of `semi-fast train` describe, in fp32 if they do not say otherwise.
+
+    Raises ValueError for what the reference loop does not do. Without `workers`, 0 on a CPU, so that the CPU time of
+    one process is all there is, and 4 on a GPU, as the released code has.
+    """
+    given = {flag.partition("=")[0] for flag in flags}
+    small = [] if "--config" in given else ["--config", str(Path(__file__).resolve().parents[1] / SMALL)]
+    device = [] if "--device" in given else ["--device=auto"]
+    config = parse_config([*small, "--precision=fp32", *device, *flags, f"--data.path={data}"])
+    check_rendered(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    manifest = load_manifest(data)
+    split = seal_split(split_for(manifest, "run", config.split))
+    workers = (4 if cuda else 0) if workers is None else workers
+    return Setting(config, manifest, split, torch.device("cuda" if cuda else "cpu"), workers)
+
+
+class Seconds(NamedTuple):
+    """How long something took."""
+
+    wall: float
+    cpu: float
+    """Of this process, its threads and its children."""
+
+    def of(self, device: torch.device) -> float:
+        """By the clock that decides on this device: wall on a GPU, CPU time on a CPU, which others use too."""
+        return self.wall if device.type == "cuda" else self.cpu
+
+    def __add__(self, other: Seconds) -> Seconds:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> Seconds:
+    """Of the call, from an idle device to an idle device and from full queues to full queues: what loaders' processes
+    make ahead is paid for where it is taken."""
+    wait_for(device)
+    wall, cpu = time.perf_counter(), pipelines.cpu_seconds()
+    call()
+    wait_for(device)
+    end = time.perf_counter()
+    return Seconds(max(end, pipelines.wait_until_quiet()) - wall, pipelines.cpu_seconds() - cpu)
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what was timed has ended
+
+
+def run_steps(trainer: Trainer, steps: int) -> None:
+    for _ in range(steps):
+        trainer.step()
+
+
+def repeated(module: str, words: Sequence[str]) -> str:
+    """The command, with the name of the data set's folder alone."""
+    named, before = [], ""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if before == "--data":
+            word = Path(word).name
+        elif flag == "--data" and equals:
+            word = f"{flag}={Path(value).name}"
+        named.append(word)
+        before = word
+    return measure.command(module, named)
