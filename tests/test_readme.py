@@ -77,6 +77,28 @@ def test_the_figures_of_the_pipelines_are_those_of_the_table() -> None:
     ratios = [f"{float(rows[name]['cpu_ratio']):.1f}" for name in ("resident", "ffcv", "dali-raw", "dali-png")]
     assert "{}, {} and {} times those of a DataLoader with Pillow".format(*ratios[:3]) in text
     assert f"PNG shards give {ratios[3]} times as many" in text
+    with (ROOT / "benchmarks" / "results" / "pipelines_cpu_larger.csv").open(encoding="utf-8") as file:
+        larger = {(row["pipeline"], row["side"]): row for row in csv.DictReader(file)}
+    memory, png = (
+        [float(larger[name, side]["cpu_ratio"]) for side in ("64", "96")] for name in ("resident", "dali-png")
+    )
+    assert (
+        "memory gives {:.1f} and {:.1f} times those of Pillow, PNG shards {:.1f} and {:.1f}".format(*memory, *png)
+        in text
+    )
+
+
+def test_the_figures_of_the_step_are_those_of_the_table() -> None:
+    with (ROOT / "benchmarks" / "results" / "reference_cpu.csv").open(encoding="utf-8") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file) if row["trainer"] == "ours"}
+    text = " ".join(TEXT.split())
+    shown = [
+        "{:.2f} ({:.2f} to {:.2f}) times".format(
+            *(float(rows[model][f"cpu_ratio{part}"]) for part in ("", "_low", "_high"))
+        )
+        for model in ("wrn_10_2", "wrn_28_2")
+    ]
+    assert f"the loop takes {shown[0]} our CPU time with WRN-10-2 and {shown[1]} with WRN-28-2" in text
 
 
 def test_paths_exist() -> None:
