@@ -21,6 +21,10 @@ from semi_fast.sealed_json import fsync_directory, read_json
 TENSORS, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 
 
+class NotSavedError(RuntimeError):
+    """The disk did not take a checkpoint; those before it are as they were."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint holds."""
@@ -40,7 +44,7 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
     """Publish `root/step_%09d` and drop all but the `keep` newest: files and manifest are forced to the disk before
     the rename, the parent after it.
 
-    Raises RuntimeError and publishes nothing if a tensor is not finite or the disk refuses.
+    Raises RuntimeError and publishes nothing if a tensor is not finite, NotSavedError if the disk refuses.
     """
     held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors}
     for name, tensor in held.items():
@@ -67,7 +71,7 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
         fsync_directory(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(hidden, ignore_errors=True)
-        raise RuntimeError(f"checkpoint of step {step} could not be written to {root}: {error} (disk full?)") from error
+        raise NotSavedError(f"checkpoint of step {step} could not be written to {root}: {error}; disk full?") from error
     retire(published(root)[keep:])
     return final
 

@@ -16,11 +16,16 @@ from semi_fast.errors import NonFiniteError
 from semi_fast.evaluation import Evaluation
 from semi_fast.levels import Level, settle
 from semi_fast.metrics import Interval
+from semi_fast.preemption import Preemption, stop
 from semi_fast.runlog import Clock, MetricsFile, Screen
 from semi_fast.sampling import Batches, DeviceBatches
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
 from semi_fast.step import NEVER, TrainStep
+
+
+MOST_NOT_SAVED = 3
+"""Checkpoints in a row that the disk may refuse before the run ends."""
 
 
 class Reads(Protocol):
@@ -66,9 +71,13 @@ class Engine:
         self.draws = DeviceBatches(batches, self.device)
         self.run: Callable[[], None] | None = None  # a step's device work at the level that was settled
         self.level: dict[str, Any] = {}
+        self.not_saved = 0  # checkpoints in a row
 
-    def fit(self, start: int) -> None:
-        """Train from step `start` to the end; raises NonFiniteError, after which nothing has been saved."""
+    def fit(self, start: int, preemption: Preemption) -> None:
+        """Train from step `start` to the end.
+
+        Raises NonFiniteError, after which nothing has been saved, and PreemptedError, after which everything has.
+        """
         c, steps = self.config, self.config.optim.steps
         self.screen.begin(start)
         self.clock.lap()
@@ -84,10 +93,14 @@ class Engine:
                 self.clock.lap()
             if last or done % c.log.every == 0:
                 self.log(done)
-            if last or (c.checkpoint.every and done % c.checkpoint.every == 0):
+            asked = None if last else preemption.check(done)
+            if last or asked or (c.checkpoint.every and done % c.checkpoint.every == 0):
                 self.pause()
-                self.save(done)
+                self.save(done, must=last or asked is not None)
                 self.clock.lap()
+            if asked:
+                self.screen.close()
+                raise stop(asked, done)
         self.screen.close()
 
     def one_step(self, step: int) -> None:
@@ -201,12 +214,33 @@ class Engine:
         yield from self.saved_tensors()
         yield from self.program.state.others()
 
-    def save(self, done: int) -> None:
-        """Publish a checkpoint from the main process; never one that is not finite."""
+    def save(self, done: int, *, must: bool) -> None:
+        """Publish a checkpoint from the main process; never one that is not finite.
+
+        What the disk does not take is tried twice; then the run goes on with a warning, unless it `must` be saved or
+        this was the third time in a row: NotSavedError.
+        """
         self.check_finite()
         self.interval.share()
         if self.metrics is None:
             return
+        for left in (1, 0):
+            try:
+                self.publish(done)
+            except checkpoint.NotSavedError as error:
+                if left:
+                    continue
+                self.not_saved += 1
+                if must or self.not_saved == MOST_NOT_SAVED:
+                    raise
+                self.screen.line(f"warning: {error}; going on, with the checkpoint before it")
+            else:
+                self.not_saved = 0
+            return
+
+    def publish(self, done: int) -> None:
+        """Write what a resumed run needs."""
+        assert self.metrics is not None
         self.meta |= {
             "step": done,
             "seconds": self.clock.total,

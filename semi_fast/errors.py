@@ -14,18 +14,25 @@ class NonFiniteError(RuntimeError):
         self.step, self.ids = step, ids
 
 
+class PreemptedError(RuntimeError):
+    """The run was asked to end, and has saved what it was doing."""
+
+
 EXPECTED = (ValueError, RuntimeError, OSError, KeyboardInterrupt)
 
 
 def exit_code(error: BaseException) -> int:
-    """4 for numerics, 2 for what the user must change, 3 for the machine, 1 for what should not happen.
+    """4 for numerics, 75 for a run that can be resumed, 2 for what the user must change, 3 for the machine, 1 for what
+    should not happen.
 
-    130 for Ctrl-C, as shells have it.
+    130 for Ctrl-C, as shells have it, where nothing has been saved.
     """
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, NonFiniteError):
         return 4
+    if isinstance(error, PreemptedError):
+        return 75
     if isinstance(error, ValueError):
         return 2
     return 3 if isinstance(error, EXPECTED) else 1

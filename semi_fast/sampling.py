@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semi_fast.manifest import Manifest, Split
 from semi_fast.philox import ORDER_LABELED, ORDER_UNLABELED, philox, shuffled
 
 STEPS_AT_ONCE = 16
@@ -131,3 +132,17 @@ class DeviceBatches:
         """(ids, visits), labeled first: int64 [B + U] each."""
         ids, visits = zip(*(stream.take(step) for stream in self.streams), strict=True)
         return torch.cat(ids), torch.cat(visits)
+
+
+def label_tables(manifest: Manifest, split: Split) -> tuple[Tensor, Tensor]:
+    """(labels of labeled samples, truth of unlabeled ones that are no labeled copies): int64 [samples], else -1.
+
+    Two tables, so that what a method is given holds nothing that it must not know.
+    """
+    known = torch.from_numpy(manifest.labels("train").copy())
+    labels = torch.full((manifest.length("train") + manifest.length("unlabeled"),), -1, dtype=torch.int64)
+    truth = labels.clone()
+    truth[: len(known)] = known
+    labels[split.labeled] = known[split.labeled]
+    truth[split.labeled] = -1
+    return labels, truth

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from semi_fast.preemption import LAUNCHED
 from semi_fast.schema.config import Config, check
 from semi_fast.sealed_json import read_json
 
@@ -152,12 +153,18 @@ def carry_out(waiting: deque[Cell], slots: deque[str | None]) -> dict[str, int]:
 def start(cell: Cell, slot: str | None, threads: int) -> subprocess.Popen[bytes]:
     """The run's process; it sees its device and has its share of the cores alone, and writes to its log."""
     cell.output.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    environment = {"OMP_NUM_THREADS": str(threads), LAUNCHED: "sweep"} | os.environ
     if slot is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot
     command = [sys.executable, "-m", "semi_fast.train", *cell.arguments]
     with cell.output.open("ab") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its runs once
+        )
 
 
 def outcome(cell: Cell, code: int, seconds: float) -> str:

@@ -9,13 +9,14 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from semi_fast import runlog
 from semi_fast.batch import RowLayout
@@ -34,9 +35,10 @@ from semi_fast.models.sync_batch_norm import synchronise_batch_norm
 from semi_fast.philox import ORDER_LABELED
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
+from semi_fast.preemption import Preemption, end_with_launcher
 from semi_fast.report import write_report
 from semi_fast.rundir import checkpoint_to_resume, claimed, run_dir_of
-from semi_fast.sampling import Batches, Stream
+from semi_fast.sampling import Batches, Stream, label_tables
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.schema.yaml_file import dump
 from semi_fast.sealed_json import read_json
@@ -58,7 +60,8 @@ def run(config: Config) -> dict[str, Any]:
     manifest = load_manifest(config.data.path)
     split = seal_split(split_for(manifest, "run", config.split))
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None)
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.engine.timeout_seconds))
+    accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None, kwargs_handlers=[timeout])
     try:
         config, run_dir = settled(config, manifest, accelerator)
         meta = provenance(config, manifest, split, accelerator.num_processes)
@@ -222,7 +225,8 @@ def conduct(
     if config.log.track:
         accelerator.init_trackers("semi_fast", {key: str(value) for key, value in leaves(identity(config)).items()})
     try:
-        engine.fit(start)
+        with Preemption() as preemption:
+            engine.fit(start, preemption)
     except NonFiniteError as error:
         if engine.metrics is not None:
             runlog.write_json(run_dir / "nonfinite.json", {"step": error.step, "sample_ids": error.ids})
@@ -275,20 +279,6 @@ def divided(config: Config, split: Split, needs: Any, accelerator: Accelerator) 
     return RowLayout(labeled // processes, unlabeled // processes, strong), batches
 
 
-def label_tables(manifest: Manifest, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels of labeled samples, truth of unlabeled ones that are no labeled copies): int64 [samples], else -1.
-
-    Two tables, so that what a method is given holds nothing that it must not know.
-    """
-    known = torch.from_numpy(manifest.labels("train").copy())
-    labels = torch.full((manifest.length("train") + manifest.length("unlabeled"),), -1, dtype=torch.int64)
-    truth = labels.clone()
-    truth[: len(known)] = known
-    labels[split.labeled] = known[split.labeled]
-    truth[split.labeled] = -1
-    return labels, truth
-
-
 def eval_sets(manifest: Manifest, split: Split, device: torch.device, *, threads: int) -> list[EvalSet]:
     """The test set, and the validation images where the split holds some out."""
 
@@ -334,6 +324,7 @@ def guarded(config: Config) -> int:
 def main(argv: list[str] | None = None) -> int:
     from semi_fast.cli import parse_config
 
+    end_with_launcher()
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
     except ValueError as error:

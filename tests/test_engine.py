@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from semi_fast import checkpoint
 from semi_fast.errors import NonFiniteError
 from semi_fast.manifest import load_manifest, load_split
-from semi_fast.train import guarded, label_tables, run
+from semi_fast.sampling import label_tables
+from semi_fast.train import guarded, run
 
 from .tiny import config
 

@@ -20,6 +20,8 @@ class EngineConfig:
     ddp_parameters: int = 10_000_000
     """Parameters from which on an eager step of several processes exchanges gradients by DDP while the backward goes
     on; with fewer, and at the other levels, all at once behind it."""
+    timeout_seconds: int = 600
+    """How long a process waits for the others before it gives up; a compiler must be done in it."""
     deterministic: bool = False
     """Use deterministic convolutions alone, so that a run on the same GPU and versions repeats bit for bit; slower."""
 
