@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 
-.PHONY: demo test check clean
+.PHONY: demo test test-reliability test-reliability-full check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.run-installed: pyproject.toml constraints.txt
@@ -22,7 +22,14 @@ demo: $(VENV)/.run-installed  ## three methods on the bundled digits, compared o
 	$(BIN)/semi-fast demo
 
 test: $(VENV)/.dev-installed  ## all tests, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/reliability
+
+test-reliability: $(VENV)/.dev-installed  ## a share of the faults, as CI makes them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/reliability
+
+test-reliability-full: $(VENV)/.dev-installed  ## all faults, one after the other; writes benchmarks/results/reliability.csv
+	OMP_NUM_THREADS=1 SEMI_FAST_RELIABILITY=full $(BIN)/python -m pytest --timeout 7200 tests/reliability
 
 check: $(VENV)/.dev-installed  ## style and types
 	$(BIN)/ruff check .
