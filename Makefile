@@ -22,8 +22,7 @@ demo: $(VENV)/.run-installed  ## three methods on the bundled digits, compared o
 	$(BIN)/semi-fast demo
 
 test: $(VENV)/.dev-installed  ## all tests, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/reliability
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-reliability: $(VENV)/.dev-installed  ## a share of the faults, as CI makes them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/reliability
