@@ -167,7 +167,7 @@ def reference(setting: Setting) -> Iterator[Row]:
     search_kernels(setting)
     with step_cases.data_of(shape, None, small=setting.small) as manifest, ExitStack() as stack:
         theirs = Peak(setting.device)
-        loop = stack.enter_context(reference_loop(shape, manifest, setting, [SELECTING]))  # first, as it forks
+        loop = stack.enter_context(reference_loop(shape, manifest, setting, [SELECTING]))
         loop.step()
         theirs.forget()  # what cuDNN's search took
         filling = timed_steps(loop.step, setting.pick(FIRST, 1), setting)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from statistics import mean
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -29,6 +30,7 @@ from semi_fast.engine import Engine
 from semi_fast.evaluation import Evaluation
 from semi_fast.levels import Level
 from semi_fast.manifest import Manifest, load_manifest
+from semi_fast.pipelines import source
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
 from semi_fast.sealed_json import read_json
@@ -103,8 +105,26 @@ def capture(setting: Setting) -> Iterator[Row]:
         other = open_engine(config, manifest, stack, LEVELS["graph" if setting.cuda else "eager"])
         yield leaves_no_trace(other)
         yield from same_steps(eager, other, STEPS)
+        yield from other_captures(manifest, setting, model=model, labeled=labeled)
     if not setting.cuda:
         yield not_run("captured equals eager", "a cpu has no CUDA graphs: eager equals eager")
+
+
+def other_captures(manifest: Manifest, setting: Setting, *, model: str, labeled: int) -> Iterator[Row]:
+    """The same with the rows read ahead by a thread, which goes on while the step is captured; and in fp16, scaled."""
+    kinds = {"read ahead": ("fp32", 0.0), "fp16": ("fp16", source.FITS)}
+    for kind, (precision, fits) in kinds.items():
+        if precision == "fp16" and not setting.cuda:
+            yield not_run(f"{kind}: captured equals eager", "a cpu has no fp16 training")
+            continue
+        flags = f"--precision={precision}", "--engine.deterministic=true"
+        config = quick(manifest, setting, *flags, model=model, labeled=labeled)
+        with ExitStack() as stack, patch.object(source, "FITS", fits):
+            eager = open_engine(config, manifest, stack, LEVELS["eager"])
+            other = open_engine(config, manifest, stack, LEVELS["graph" if setting.cuda else "eager"])
+            for row in same_steps(eager, other, STEPS):
+                yield row._replace(quantity=f"{kind}: {row.quantity}")
+        step_cases.release(setting.device)
 
 
 def leaves_no_trace(engine: Engine) -> Row:

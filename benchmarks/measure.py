@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,7 +196,7 @@ def count_waits(work: Work) -> int:
     with sync_warnings() as caught:
         for phase in work.phases:
             phase()
-    return sum("synchroniz" in str(one.message) for one in caught)
+    return sum("called a synchronizing" in str(one.message) for one in caught)
 
 
 @contextmanager
@@ -221,6 +222,20 @@ def command(module: str, words: Sequence[str], results: Sequence[str] = ("--out"
     return shlex.join(kept)
 
 
+def gpu_state(device: torch.device) -> str:
+    """Driver and clocks, libraries, and the arithmetic that torch may use."""
+    query = ["nvidia-smi", f"--id={device.index or 0}", "--format=csv,noheader"]
+    query += ["--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found = "unknown"
+    return (
+        f"driver, clocks, power: {found}; CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
+        f"float32 matmul {torch.get_float32_matmul_precision()}, cuDNN TF32 {torch.backends.cudnn.allow_tf32}"
+    )
+
+
 def provenance(device: torch.device, repeated: str) -> dict[str, Any]:
     """The columns that every row of a benchmark ends with."""
     versions = runlog.versions()
@@ -235,6 +250,7 @@ def provenance(device: torch.device, repeated: str) -> dict[str, Any]:
         "torch": versions["torch"],
         "triton": versions.get("triton", ""),
         "python": versions["python"],
+        **({"gpu": gpu_state(device)} if device.type == "cuda" else {}),
         "command": repeated,
     }
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.operations --out benchmarks/results/operations.csv
 
-Kernels count as the one operation that they are registered as, and run in Triton's interpreter. At level `compile`
-forward and loss are one call and their backward another; at level `graph` a step is one replay. A test keeps every
-count within the recorded one.
+Kernels count as the one operation that they are registered as, and run in Triton's interpreter. `outside_compiled` is
+what level `compile` still dispatches, beside one call for forward and loss and one for their backward; a graph holds
+what level `eager` or `compile` dispatches. A test keeps every count within the recorded one. Nearly every pseudo-label
+of the reference loop is taken (threshold 0.15), as late in a run; ours costs the same whatever is taken.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def counted(call: Callable[[], Any]) -> tuple[int, int]:
 
 
 def parts(options: MethodConfig, model_name: str = "wrn_28_2") -> dict[str, int]:
-    """Operations of a step by part and level, and how often it waits."""
+    """Operations of a step by part, all of them, those that compiling leaves, and how often it waits."""
     with as_on_a_gpu():
         step = Step(options, model_name)
         step.run()  # which makes the constant tables
@@ -139,8 +140,7 @@ def parts(options: MethodConfig, model_name: str = "wrn_28_2") -> dict[str, int]
         "backward": backward,
         "rest": whole - sampling - views - forward - backward,
         "eager": whole,
-        "compile": whole - forward - backward + 2,
-        "graph": 1,
+        "outside_compiled": whole - forward - backward,
         "waits": waits,
     }
 

@@ -64,10 +64,11 @@ class HostSource:
         """`on_device`: `rows` are `DeviceRows` and the device decodes."""
         self.rows, self.device, self.description = rows, device, description
         self.on_device = on_device
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        use = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="rows", initializer=use)
         self.ahead: tuple[int, Future[Tensor]] | None = None
         cuda = device.type == "cuda"
-        self.copied = [torch.cuda.Event() for _ in range(2)] if cuda else []
+        self.copied = [torch.cuda.Event(blocking=True) for _ in range(2)] if cuda else []
         self.stream = torch.cuda.Stream(device) if cuda else None  # the thread's: it must not queue behind the steps
         self.staged: list[Tensor] = []  # two, used in turn
 

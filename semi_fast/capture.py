@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +40,45 @@ def on_side_stream(work: Callable[[], None], device: torch.device, times: int) -
         return
     here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     side.wait_stream(here)
-    with torch.cuda.stream(side):
-        for _ in range(times):
-            work()
-    here.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(times):
+                work()
+    finally:
+        here.wait_stream(side)  # what failed may have been half done
 
 
-def capture(work: Callable[[], None]) -> Callable[[], None]:
-    """`work`, which has been rehearsed, as a graph that is replayed; nothing is computed here.
+class CaptureError(RuntimeError):
+    """A function that a graph cannot hold; torch leaves the process in a state in which no more should be captured."""
 
-    Threads that read ahead go on meanwhile: only this one is watched for what a capture must not do.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
-    return graph.replay
+
+class Graph:
+    """A function, which has been rehearsed, as a graph: calling it repeats what was captured."""
+
+    def __init__(self, work: Callable[[], None], pool: Any):
+        """Nothing is computed here. Graphs of one `pool`, from `memory_pool`, share memory and never run at once.
+
+        Threads that read ahead go on meanwhile: only this one is watched for what a capture must not do. Raises
+        CaptureError with what made it fail.
+        """
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                work()
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__context__ is not None:  # torch ends the capture first, which raises an error of its own
+                cause = cause.__context__
+            raise CaptureError(f"{type(cause).__name__}: {cause}") from error
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+    def close(self) -> None:
+        """Let go of its memory, and of the processes' communicator, which cannot end before."""
+        self.graph.reset()
+
+
+def memory_pool(device: torch.device) -> Any:
+    """For the graphs of one run."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -51,11 +51,11 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise RuntimeError(f"checkpoint of step {step}: {name} is not finite; nothing was saved")
     final, hidden = root / f"step_{step:09d}", root / f".tmp-{os.getpid()}-{step}"
-    root.mkdir(parents=True, exist_ok=True)
-    for left in (*root.glob(".tmp-*"), *root.glob(".del-*")):
-        shutil.rmtree(left)
-    hidden.mkdir()
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in (*root.glob(".tmp-*"), *root.glob(".del-*")):
+            shutil.rmtree(left)
+        hidden.mkdir()
         save_file({name: tensor.clone() for name, tensor in held.items()}, hidden / TENSORS)
         (hidden / META).write_text(json.dumps(meta, sort_keys=True))
         files = {}
@@ -66,7 +66,7 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
         sync(hidden / MANIFEST)
         fsync_directory(hidden)
         if final.exists():
-            shutil.rmtree(final)
+            retire([final])
         hidden.rename(final)
         fsync_directory(root)
     except (OSError, SafetensorError) as error:

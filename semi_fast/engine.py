@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from semi_fast import checkpoint, processes
 from semi_fast.batch import RowLayout, Rows
+from semi_fast.capture import Graph
 from semi_fast.errors import NonFiniteError
 from semi_fast.evaluation import Evaluation
 from semi_fast.levels import Level, settle
@@ -22,7 +24,6 @@ from semi_fast.sampling import Batches, DeviceBatches
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
 from semi_fast.step import NEVER, TrainStep
-
 
 MOST_NOT_SAVED = 3
 """Checkpoints in a row that the disk may refuse before the run ends."""
@@ -120,8 +121,21 @@ class Engine:
         self.level = {"level": level.name, "compiled": level.compiled, "seconds": seconds}
         why = f" ({self.why})" if self.why else ""
         self.screen.line(f"engine: {level}{why}; ready after {seconds:.1f} s")
+        before = self.meta.get("level", str(level))
+        if before != str(level):
+            self.screen.line(f"warning: the steps before were at level {before}: equal but for rounding")
+        self.meta["level"] = str(level)
         self.clock.lap()
         return self.run
+
+    def close(self) -> None:
+        """Let go of captured graphs."""
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # of a device that failed
+                torch.cuda.synchronize(self.device)
+        for run in (self.run, *(evaluation.run for evaluation in self.evaluations)):
+            if isinstance(run, Graph):
+                run.close()
 
     def work(self) -> None:
         """A step on the device, from the state's step alone: rows in, one update, its scalars added to the interval."""
@@ -265,4 +279,6 @@ class Engine:
             self.program.state.scaler.load_state_dict(meta["scaler"])
         seconds = (meta[key] for key in ("seconds", "cpu_seconds", "training_seconds", "interval_seconds"))
         self.clock = Clock(*seconds)
+        if "level" in meta:
+            self.meta["level"] = meta["level"]
         return int(meta["step"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -11,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from semi_fast import processes
-from semi_fast.capture import capture, rehearse
+from semi_fast.capture import CaptureError, Graph, memory_pool, rehearse
 from semi_fast.evaluation import Evaluation
 from semi_fast.ops import door
 from semi_fast.schema.engine import EngineConfig
-from semi_fast.step import TrainStep
+from semi_fast.step import AUTOCAST, TrainStep
 
 GIB = 2**30
 
@@ -27,6 +30,7 @@ class Level:
     captured: bool
     compiled: bool
     autotune: bool = False
+    deterministic: bool = False
     ddp_parameters: int = 0
     """See `EngineConfig`; of the eager level."""
 
@@ -50,11 +54,12 @@ def ladder(
     """
     no_graph = graph_obstacle(device, several_processes=several_processes)
     no_compiler = compile_obstacle(device, synchronised=synchronised)
+    choices = {"autotune": options.autotune, "deterministic": options.deterministic}
     eager = Level(captured=False, compiled=False, ddp_parameters=options.ddp_parameters)
-    compiled = Level(captured=False, compiled=True, autotune=options.autotune)
+    compiled = Level(captured=False, compiled=True, **choices)
     graphs = [Level(captured=True, compiled=False)]
     if not no_compiler:
-        graphs.insert(0, Level(captured=True, compiled=True, autotune=options.autotune))
+        graphs.insert(0, Level(captured=True, compiled=True, **choices))
     if options.level == "eager":
         return [eager], ""
     if options.level == "graph":
@@ -106,32 +111,36 @@ class Steps(Protocol):
 def settle(steps: Steps, say: Callable[[str], None]) -> tuple[Callable[[], None], Level]:
     """(a step's work at the first of the levels that can be carried out, that level); nothing has been trained.
 
-    A level that fails is named, with the reason, and the next one is tried, by all processes together. Raises
-    RuntimeError in one line if none is left, or when the memory does not suffice.
+    A level whose rehearsal fails is named, with the reason, and the next one is tried. Raises RuntimeError in one line
+    if none is left, when the memory does not suffice, when a capture fails, after which torch cannot go on, and when
+    one of several processes fails.
     """
     for level in steps.levels:
-        failure: RuntimeError | None = None
         try:
-            run = prepared(steps, level)
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(out_of_memory(steps.device, error)) from error
-        except RuntimeError as error:  # also what torch.compile and a capture raise
-            failure = error
-        fine = torch.tensor(int(failure is None), device=steps.device)
-        if processes.least_in_place(fine).item():  # once, before training
-            return run, level  # pyright: ignore[reportPossiblyUnboundVariable], bound without a failure
-        reason = first_line(failure) if failure else "another process failed"
-        if level is steps.levels[-1]:
-            other = "a method, model or plug-in that works" if level.name == "eager" else "--engine.level=auto"
-            raise RuntimeError(f"engine.level={level.name} failed: {reason}; use {other}") from failure
-        say(f"engine: {level.name} failed ({reason}); trying the next level")
-        steps.program.stop_compiling()
+            return prepared(steps, level), level
+        except ValueError:
+            raise
+        except CaptureError as error:
+            raise RuntimeError(f"the step could not be captured: {said(error)}; use --engine.level=compile") from error
+        except Exception as error:  # compilers raise what they like
+            if memory := out_of_memory(error):
+                raise RuntimeError(too_large(steps, memory)) from error
+            if level is steps.levels[-1] or processes.count() > 1:
+                other = "another method or model" if level.name == "eager" else "--engine.level=eager"
+                raise RuntimeError(f"engine.level={level.name} failed: {said(error)}; use {other}") from error
+            say(f"engine: {level.name} failed ({said(error)}); trying the next level")
+            steps.program.stop_compiling()
     raise AssertionError("there is at least one level")
 
 
 def prepared(steps: Steps, level: Level) -> Callable[[], None]:
     """A step's work at this level, tried out where that can fail, without a trace; evaluation as far as captured."""
     if level.compiled:
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = level.deterministic
+        # torch's cache of compiled code does not look into an operation's own gradient
+        torch.compiler.config.cache_key_tag = f"semi_fast {sources_of_operations()}"
         steps.program.compile(autotune=level.autotune)
     parameters = sum(p.numel() for p in steps.program.state.model.parameters())
     if level.name == "eager" and processes.count() > 1 and parameters >= level.ddp_parameters:
@@ -139,22 +148,40 @@ def prepared(steps: Steps, level: Level) -> Callable[[], None]:
     if steps.device.type == "cpu" and level.name == "eager":
         return steps.work
     rehearse(steps.work, steps.changed, steps.device)
+    steps.program.state.optimizer.zero_grad(set_to_none=True)  # a graph has gradients of its own
+    pool = memory_pool(steps.device)
     for evaluation in steps.evaluations:
         rehearse(evaluation.one_batch, evaluation.changed, steps.device)
-        evaluation.run = capture(evaluation.one_batch) if level.captured else evaluation.one_batch
-    return capture(steps.work) if level.captured else steps.work
+        evaluation.run = Graph(evaluation.one_batch, pool) if level.captured else evaluation.one_batch
+    return Graph(steps.work, pool) if level.captured else steps.work
 
 
-def out_of_memory(device: torch.device, error: torch.OutOfMemoryError) -> str:
+@cache
+def sources_of_operations() -> str:
+    """A digest of the files under `ops`."""
+    files = sorted(Path(door.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """What was raised, or what led to it, if memory was short."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def too_large(steps: Steps, error: torch.OutOfMemoryError) -> str:
     """What did not fit, how much there is, and what to change."""
-    free, total = (n / GIB for n in torch.cuda.mem_get_info(device))
-    peak = torch.cuda.max_memory_allocated(device) / GIB
+    free, total = (n / GIB for n in torch.cuda.mem_get_info(steps.device))
+    peak = torch.cuda.max_memory_allocated(steps.device) / GIB
+    half = "" if steps.program.precision in AUTOCAST else ", or use --precision=bf16"
     return (
-        f"out of memory at the first step: {first_line(error)} This run had taken {peak:.1f} GiB, {free:.1f} of "
-        f"{total:.1f} GiB are free; lower --batch.labeled or --eval.batch, or use --precision=bf16"
+        f"out of memory at the first step: {said(error)} This run had taken {peak:.1f} GiB, {free:.1f} of "
+        f"{total:.1f} GiB are free; lower --batch.labeled or --eval.batch{half}"
     )
 
 
-def first_line(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """The first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -7,6 +7,7 @@ import os
 import secrets
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -334,7 +335,7 @@ def _open_array(manifest: Manifest, name: str) -> np.ndarray:
         raise ValueError(f"{path}: must have {entry.get('bytes')} bytes, has {path.stat().st_size}; prepare again")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, TypeError, OverflowError, EOFError, SyntaxError, TokenError) as error:
         raise ValueError(f"{path}: damaged array header ({error}); prepare again") from error
     if array.shape != tuple(entry["shape"]) or array.dtype.name != entry["dtype"] or not array.flags.c_contiguous:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +47,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if size > JSON_LIMIT_BYTES:
         raise ValueError(f"{path}: a JSON file must be at most {JSON_LIMIT_BYTES} bytes; it has {size}")
     try:
-        document = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        document = json.loads(
+            path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or no JSON ({error}); make it again") from error
     if not isinstance(document, dict):
@@ -70,6 +73,13 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"key {key!r} is repeated")
         out[key] = value
     return out
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value
 
 
 def _no_constant(text: str) -> None:

@@ -153,7 +153,8 @@ def carry_out(waiting: deque[Cell], slots: deque[str | None]) -> dict[str, int]:
 def start(cell: Cell, slot: str | None, threads: int) -> subprocess.Popen[bytes]:
     """The run's process; it sees its device and has its share of the cores alone, and writes to its log."""
     cell.output.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": str(threads), LAUNCHED: "sweep"} | os.environ
+    share = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    environment = share | {LAUNCHED: "sweep"} | os.environ
     if slot is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot
     command = [sys.executable, "-m", "semi_fast.train", *cell.arguments]
@@ -170,6 +171,8 @@ def start(cell: Cell, slot: str | None, threads: int) -> subprocess.Popen[bytes]
 def outcome(cell: Cell, code: int, seconds: float) -> str:
     """How a run ended, in one line."""
     minutes = f"{seconds / 60:.1f} min"
+    if code == 75:
+        return f"{cell.name}: interrupted after {minutes}, and saved; the same sweep goes on with it"
     if code == 0:
         found = read_json(cell.run_dir / "summary.json")
         return f"{cell.name}: {found['balanced_accuracy_last20']:.1f}% balanced accuracy, {minutes}"

@@ -134,7 +134,7 @@ def build(
         outputs = program.forward(state.average.model, augmenter.plain(images))
         return outputs.logits | {method.predicts: method.logits(state.method, outputs)}
 
-    return Engine(
+    engine = Engine(
         config,
         program,
         source,
@@ -155,6 +155,8 @@ def build(
         meta=meta,
         track=accelerator.log,
     )
+    stack.callback(engine.close)
+    return engine
 
 
 def make_state(

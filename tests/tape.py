@@ -43,18 +43,18 @@ class Tape(TorchDispatchMode):
                     kept.copy_(made)
 
 
-def capture(work: Callable[[], None]) -> Callable[[], None]:
-    """Stands in for `semi_fast.capture.capture`; recording computes, so what it changes is restored."""
-    tape = Tape()
+class Replay:
+    """Stands in for `semi_fast.capture.Graph`; recording computes, so what it changes is restored."""
 
-    def record() -> None:
-        with tape:
-            work()
+    def __init__(self, work: Callable[[], None], pool: object):
+        self.tape = Tape()
 
-    rehearse(record, work.__self__.changed, torch.device("cpu"), times=1)  # type: ignore[attr-defined]
+        def record() -> None:
+            with self.tape:
+                work()
 
-    def replay() -> None:
+        rehearse(record, work.__self__.changed, torch.device("cpu"), times=1)  # type: ignore[attr-defined]
+
+    def __call__(self) -> None:
         with torch.no_grad():
-            tape.replay()
-
-    return replay
+            self.tape.replay()

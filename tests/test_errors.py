@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from semi_fast.errors import NonFiniteError, exit_code, one_line
+from semi_fast.errors import NonFiniteError, PreemptedError, exit_code, one_line
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from semi_fast.errors import NonFiniteError, exit_code, one_line
         (OSError("x"), 3),
         (NonFiniteError(3, [1]), 4),
         (KeyboardInterrupt(), 130),
+        (PreemptedError("SIGTERM"), 75),
         (AssertionError("x"), 1),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from benchmarks import operations
 from semi_fast import levels, train
 from semi_fast.capture import rehearse
 from semi_fast.data_prep.long_tail import split_for
@@ -133,7 +135,7 @@ def test_a_step_that_is_recorded_once_and_repeated_trains_the_same(
     monkeypatch.setattr(door, "values_at_hand", lambda device: False)  # fixed shapes, as on a GPU
     monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
     run(config(digits, tmp_path / "eager", *METHODS[method]))
-    monkeypatch.setattr(levels, "capture", tape.capture)
+    monkeypatch.setattr(levels, "Graph", tape.Replay)
     monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
     run(config(digits, tmp_path / "graph", *METHODS[method]))
     assert json.loads((tmp_path / "graph" / "env.json").read_text())["engine"]["level"] == "graph"
@@ -154,7 +156,7 @@ def test_the_recording_notices_what_python_decides(
         return torch.full((), base / len(calls), dtype=torch.float64)
 
     monkeypatch.setattr("semi_fast.step.cosine_7_16", counted)
-    monkeypatch.setattr(levels, "capture", tape.capture)
+    monkeypatch.setattr(levels, "Graph", tape.Replay)
     monkeypatch.setattr(door, "values_at_hand", lambda device: False)
     monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
     run(config(digits, tmp_path / "eager", "--method.name=supervised"))
@@ -186,6 +188,26 @@ def test_compiled_steps_are_traced_once_and_compute_the_same(
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-9, atol=1e-11)
         else:
             assert torch.equal(theirs[name], tensor), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_form_that_a_gpu_compiles_is_traced_whole(
+    method: str, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with kernels in place of references, as opaque operations, in float32."""
+    torch._dynamo.reset()
+    backend = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr("semi_fast.step.torch.compile", lambda f, *, mode, **options: backend(f, **options))
+    with operations.as_on_a_gpu(), torch._dynamo.config.patch(error_on_recompile=True):
+        eager = engine(*METHODS[method])
+        compiled = engine("--engine.level=compile", *METHODS[method])
+        for step in range(3):
+            eager.one_step(step)
+            compiled.one_step(step)
+    ours, theirs = contents(eager), contents(compiled)
+    for name, tensor in ours.items():
+        if tensor.is_floating_point() and name.startswith(("model.", "average.", "interval.")):
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_inductor_trains_as_eager_does(digits: Path, tmp_path: Path) -> None:
@@ -228,13 +250,80 @@ def test_a_level_that_fails_is_named_and_the_next_one_trains_as_if_it_had_not_be
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_compilers_may_raise_anything_and_memory_may_be_the_reason(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OutOfResources(Exception):
+        """As Triton's, which is no RuntimeError."""
+
+    both = [Level(captured=True, compiled=True), Level(captured=False, compiled=False)]
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: (both, ""))
+    failing_levels(monkeypatch, OutOfResources("shared memory"))
+    run(config(digits, tmp_path / "fallen"))
+    assert "engine: graph failed (shared memory); trying the next level" in capsys.readouterr().out
+    wrapped = RuntimeError("backend failed")
+    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory.")
+    failing_levels(monkeypatch, wrapped)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    assert guarded(config(digits, tmp_path / "full", "--precision=bf16")) == 3
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("semi-fast: out of memory at the first step: CUDA out of memory.")
+    assert error.endswith("lower --batch.labeled or --eval.batch"), "a bf16 run is not told to use bf16"
+
+
+def test_a_capture_that_fails_ends_the_run_with_its_cause(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch ends a capture with an error of its own, which hides what led to it."""
+
+    class Failing:
+        """torch.cuda.graph as it behaves."""
+
+        def __init__(self, *_: object, **__: object): ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("this operation waits")
+
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
+    monkeypatch.setattr(levels, "rehearse", lambda *_, **__: None)
+    monkeypatch.setattr("semi_fast.evaluation.Evaluation.one_batch", refuse)
+    assert guarded(config(digits, tmp_path / "run")) == 3
+    error = capsys.readouterr().err.strip()
+    assert error == (
+        "semi-fast: the step could not be captured: RuntimeError: this operation waits; use --engine.level=compile"
+    )
+
+
+def test_a_run_that_goes_on_at_another_level_says_so(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--checkpoint.every=6", "--checkpoint.keep=9")
+    run(config(digits, tmp_path / "run", *flags))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000012")
+    monkeypatch.setattr(door, "values_at_hand", lambda device: False)
+    monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
+    monkeypatch.setattr(levels, "Graph", tape.Replay)
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
+    capsys.readouterr()
+    run(config(digits, tmp_path / "run", *flags, resume="auto"))
+    assert "warning: the steps before were at level eager" in capsys.readouterr().out
+
+
 def test_the_only_level_ends_the_run_in_one_line(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing_levels(monkeypatch, RuntimeError("graph break in user code"))
     assert guarded(config(digits, tmp_path / "run", "--engine.level=compile")) == 3
     error = capsys.readouterr().err.strip()
-    assert error == "semi-fast: engine.level=compile failed: graph break in user code; use --engine.level=auto"
+    assert error == "semi-fast: engine.level=compile failed: graph break in user code; use --engine.level=eager"
 
 
 def test_a_memory_that_is_too_small_is_said_with_numbers_and_flags(

@@ -110,7 +110,11 @@ def test_an_interruption_ends_the_runs(files: list[str], tmp_path: Path) -> None
     lock = tmp_path / "out" / "supervised" / "seed_0" / "run.lock"
     runner = int(lock.read_text().split()[1]) if lock.exists() else None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    status = json.loads((config.parent / "status.json").read_text())
+    assert status["exit_code"] == 75, "the run was told once, and saved"
+    assert "started" in said
     if runner is not None:
         with pytest.raises(ProcessLookupError):
             os.kill(runner, 0)

@@ -89,7 +89,7 @@ def measure_setting(setting: Setting, *, before: int, steps: int, repeats: int, 
     for name in TRAINERS:
         firsts[name] = first_steps.begin(name, setting)
         print(f"{name}: {first_steps_in_words(firsts[name])}", file=sys.stderr)
-    for name in TRAINERS:  # the reference first: its workers are forked before there are threads
+    for name in TRAINERS:  # the reference first
 
         def start(name: str = name) -> None:
             loops[name] = setting.open(name)

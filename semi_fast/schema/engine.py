@@ -23,7 +23,8 @@ class EngineConfig:
     timeout_seconds: int = 600
     """How long a process waits for the others before it gives up; a compiler must be done in it."""
     deterministic: bool = False
-    """Use deterministic convolutions alone, so that a run on the same GPU and versions repeats bit for bit; slower."""
+    """Choose convolutions and compiled code by rule, not by timing, so that a run on the same GPU and versions repeats
+    bit for bit; slower."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,6 @@ class LogConfig:
     """Progress and trackers."""
 
     every: int = 100
-    """Steps between progress lines; the only time the loop waits for the device."""
+    """Steps between progress lines; between them, evaluations and checkpoints the loop never waits for the device."""
     track: tuple[str, ...] = ()
     """accelerate trackers to report to, such as tensorboard or wandb."""

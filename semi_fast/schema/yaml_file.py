@@ -71,6 +71,8 @@ def check_file(path: Path) -> list[str]:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (LookupError, AttributeError) as error:  # PyYAML's, for a value that is not what its !!tag says
+        raise ValueError(f"{path}: a value does not fit its tag; leave out what begins with !!") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deep, or within itself; write the keys out") from error
     check_keys(names, str(path))
