@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -15,11 +16,17 @@ MAX_BYTES = 2**20
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice."""
+    """A safe loader that refuses a key given twice, and aliases, with which a short file can become endless."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ValueError(f"the alias *{event.anchor} (line {event.start_mark.line + 1}) must be written out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
+        twice = {text for text, times in Counter(map(str, keys)).items() if times > 1}
         if twice:
             raise ValueError(f"the key {sorted(twice)[0]} stands twice (line {node.start_mark.line + 1}); keep one")
         dotted = [key for key in keys if isinstance(key, str) and "." in key]
@@ -28,13 +35,12 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def config_keys(schema: Any = Config, prefix: str = "") -> list[str]:
-    """Every leaf of the configuration, dotted."""
-    keys: list[str] = []
-    for field in dataclasses.fields(schema):
-        factory = field.default_factory
-        nested = isinstance(factory, type) and dataclasses.is_dataclass(factory)
-        keys += config_keys(factory, f"{prefix}{field.name}.") if nested else [prefix + field.name]
+def config_keys(schema: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of the configuration, dotted, and its type."""
+    keys: dict[str, Any] = {}
+    for name, kind in get_type_hints(schema).items():
+        nested = dataclasses.is_dataclass(kind)
+        keys |= config_keys(kind, f"{prefix}{name}.") if nested else {prefix + name: kind}
     return keys
 
 
@@ -62,7 +68,7 @@ def check_file(path: Path) -> list[str]:
         tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506, a SafeLoader
         if not isinstance(tree, dict):
             raise ValueError(f"a configuration is a mapping of keys; got {type(tree).__name__}")
-        names = list(leaves(tree))
+        values = leaves(tree)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read as a configuration: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -74,9 +80,13 @@ def check_file(path: Path) -> list[str]:
     except (LookupError, AttributeError) as error:  # PyYAML's, for a value that is not what its !!tag says
         raise ValueError(f"{path}: a value does not fit its tag; leave out what begins with !!") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: nested too deep, or within itself; write the keys out") from error
-    check_keys(names, str(path))
-    return names
+        raise ValueError(f"{path}: nested too deep; write the keys out") from error
+    check_keys(list(values), str(path))
+    kinds = config_keys()
+    for key, value in values.items():
+        if value is None and type(None) not in get_args(kinds[key]):
+            raise ValueError(f"{path}: {key} must have a value; got null: give one, or leave the key out")
+    return list(values)
 
 
 class QuotingDumper(yaml.SafeDumper):
