@@ -165,7 +165,6 @@ BAD_FILES = {
     "nothing": ("", "is a mapping of keys", "got NoneType"),
     "itself": ("&a\noptim: *a\n", "the alias *a (line 2)"),
     "alias": ("seed: &a 1\noptim:\n  steps: *a\n", "the alias *a (line 3)", "written out"),
-    "many keys": ("".join(f"{i}: 1\n" for i in range(90_000)), "no key 0"),
     "null": ("optim:\n  lr:\n", "optim.lr must have a value", "got null"),
     "list that is null": ("method:\n  plugins: null\n", "method.plugins must have a value"),
     "tag of a truth value": ("seed: !!bool x\n", "does not fit its tag"),
