@@ -43,7 +43,7 @@ def checkpoint_to_resume(
             raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")
         return None
     if resume == "auto":
-        if used and not (run_dir / "config.yaml").exists():
+        if used and not any((run_dir / name).exists() for name in ("config.yaml", "run.lock")):  # the lock comes first
             raise ValueError(f"run_dir must be new, empty or a run; {run_dir} has no config.yaml: choose another")
         saved = checkpoint.newest(root, warn)
         if saved is None:

@@ -12,6 +12,6 @@ def needs(name: str) -> None:
     """Skip the test unless the packages of an extra are installed; in CI all are."""
     package = {"cpu": "numba", "ffcv": "ffcv", "dali": "nvidia"}[name]
     if os.environ.get("CI") != "true" and (
-        find_spec(package) is None or (find_spec(f"{package}.dali") is None and name == "dali")
+        find_spec(package) is None or (name == "dali" and find_spec("nvidia.dali") is None)
     ):
         pytest.skip(f"{name} is not installed: pip install 'semi-fast[{name}]'")
