@@ -13,6 +13,7 @@ import torch
 from semi_fast import runlog
 
 FULL = os.environ.get("SEMI_FAST_RELIABILITY") == "full"
+COMMIT = runlog.commit() if FULL else ""  # before a figure changes the checkout
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "reliability.csv"
 
 
@@ -36,7 +37,7 @@ def record(fault: str, *, made: int, failures: int, goal: str, seconds: float, n
         "seconds": f"{seconds:.0f}",
         "note": note,
         "date": date.today().isoformat(),
-        "commit": runlog.commit(),
+        "commit": COMMIT,
         "hardware": runlog.hardware(torch.device("cpu")),
         "torch": torch.__version__,
         "command": "make test-reliability-full",

@@ -35,6 +35,7 @@ STEPS = 12
 KILLED_STEPS = 40
 BETWEEN_SAVES, IN_A_SAVE = "between checkpoints", "writing a checkpoint"
 CLOCK = {"seconds", "cpu_seconds", "training_seconds", "interval_seconds", "images_per_second", "rows_per_second"}
+CLOCK |= {"commit"}  # which says that something was changed once another test has written its figures
 # Sets that no batch divides, so that visits end within a step, those of one stream before those of the other.
 SMALL = """
 --split.labeled_max=4 --split.imbalance_labeled=2 --split.unlabeled_max=5 --split.imbalance_unlabeled=3
