@@ -155,12 +155,13 @@ def inspect(*, data: str | Path) -> None:
 
 
 def verify(*, data: str | Path) -> None:
-    """`semi-fast verify DATA`: re-hashes manifest, arrays and splits; ValueError names the first fault."""
+    """`semi-fast verify DATA`: re-hashes manifest, arrays, containers and splits; ValueError names the first fault."""
     manifest = load_manifest(data)
     verify_manifest(manifest)
     splits = [load_split(path, manifest) for path in _split_files(manifest)]
-    size = sum(entry["bytes"] for entry in manifest.files.values())
-    print(f"ok: {len(manifest.files)} arrays ({size} bytes), {len(splits)} splits, manifest {manifest.sha256}")
+    kinds = {"arrays": manifest.files, "container files": manifest.containers}
+    held = [f"{len(one)} {kind} ({sum(e['bytes'] for e in one.values())} bytes)" for kind, one in kinds.items() if one]
+    print(f"ok: {', '.join(held)}, {len(splits)} splits, manifest {manifest.sha256}")
 
 
 def _split_files(manifest: Manifest) -> list[Path]:
