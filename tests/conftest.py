@@ -21,7 +21,10 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
+    """One thread; and autograd counts the devices at its first backward, so that comes before a test makes fake ones:
+    threads that wait for a fake device would forbid every fork after it (tests/reliability)."""
     torch.set_num_threads(1)
+    torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(scope="session")
