@@ -24,7 +24,7 @@ from semi_fast.data_prep.prepare import (
     prepare_imagenet127,
     prepare_stl10,
 )
-from semi_fast.data_prep.readers.image_folder import REFUSED, Accepted
+from semi_fast.data_prep.readers.image_file import REFUSED, Accepted
 from semi_fast.data_prep.subset import inputs_digest, prepare_subset
 from semi_fast.manifest import Manifest, Split, load_manifest, load_split, save_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
@@ -94,6 +94,9 @@ def prepare(
     if "subset" in manifest.source:
         print(f"note: a subset of ImageNet-127, {manifest.source['subset']}", file=sys.stderr)
     hidden, repeated = manifest.source.get("hidden_files_ignored"), manifest.source["repeated_test_images"]
+    if modes := manifest.source.get("converted_to_rgb"):
+        listed = ", ".join(f"{mode} {count}" for mode, count in modes.items())
+        print(f"note: {sum(modes.values())} images were converted to RGB ({listed})", file=sys.stderr)
     if hidden:
         print(f"note: {hidden} hidden files or folders were ignored", file=sys.stderr)
     if repeated:

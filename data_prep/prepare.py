@@ -24,8 +24,10 @@ from semi_fast.data_prep.formats import RESIDENT, Formats
 from semi_fast.data_prep.progress import watched
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.readers.cifar import read_cifar
+from semi_fast.data_prep.readers.decoding import BadImagesError
 from semi_fast.data_prep.readers.digits import read_digits
-from semi_fast.data_prep.readers.image_folder import BAD_LIMIT, REFUSED, Accepted, BadImagesError, read_image_folder
+from semi_fast.data_prep.readers.image_file import REFUSED, Accepted
+from semi_fast.data_prep.readers.image_folder import read_image_folder
 from semi_fast.data_prep.readers.imagenet127 import read_imagenet127
 from semi_fast.data_prep.readers.stl10 import SIDE as STL10_RESOLUTION
 from semi_fast.data_prep.readers.stl10 import read_stl10
@@ -38,6 +40,8 @@ from semi_fast.sealed_json import fsync_directory
 DIGITS_RESOLUTION = 16
 FOLDER_RESOLUTION = 32
 BAD_FILE = "bad.csv"
+BAD_LIMIT = 0.01
+"""Of all files: how many may be left out."""
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

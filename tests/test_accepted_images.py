@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from semi_fast.cli import main
-from semi_fast.data_prep.readers import ilsvrc
-from semi_fast.data_prep.readers.image_folder import Accepted, decode
+from semi_fast.data_prep.readers import decoding, ilsvrc, image_file
+from semi_fast.data_prep.readers.image_file import Accepted, Recipe
 from semi_fast.manifest import load_manifest, verify_manifest
 
 from .synthetic_data import write_cifar10_binary, write_ilsvrc, write_image_folder, write_imagenet_batches
-from .test_readers import RGB, encoded
+from .test_readers import RGB, decode, encoded
 
 ODD = ("new\nline.png", "größe und leer.png", os.fsdecode(b"not\xffutf8.png"), 'comma, "quoted".png')
 
@@ -164,6 +164,16 @@ def test_data_sets_without_image_files_refuse_the_flags(tmp_path: Path, capsys: 
     assert "the downsampled batches hold no image files; leave out --on-bad skip" in capsys.readouterr().err
 
 
+def test_images_that_become_rgb_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_image_folder(tmp_path / "raw", side=8)
+    for number, mode in enumerate(("L", "RGBA", "L")):
+        (raw / "train" / "cat" / f"odd{number}.png").write_bytes(encoded(RGB.convert(mode)))
+    (raw / "test" / "dog" / "odd.tiff").write_bytes(encoded(RGB.convert("CMYK"), "TIFF"))
+    assert prepare(raw) == 0
+    assert "note: 4 images were converted to RGB (CMYK 1, L 2, RGBA 1)" in capsys.readouterr().err
+    assert load_manifest(tmp_path / "data").source["converted_to_rgb"] == {"CMYK": 1, "L": 2, "RGBA": 1}
+
+
 def test_hidden_files_are_ignored_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = write_image_folder(tmp_path / "raw", side=8)
     (raw / "train" / "cat" / ".DS_Store").write_bytes(b"x")
@@ -175,18 +185,18 @@ def test_hidden_files_are_ignored_and_counted(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_decoding_process_has_limited_memory() -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=ilsvrc._prepare_process) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=decoding._prepare_process) as pool:
         limit, _ = pool.submit(resource.getrlimit, resource.RLIMIT_AS).result()
-        assert ilsvrc.MEMORY_LIMIT_BYTES < limit < 3 * ilsvrc.MEMORY_LIMIT_BYTES
+        assert decoding.MEMORY_LIMIT_BYTES < limit < 3 * decoding.MEMORY_LIMIT_BYTES
         with pytest.raises(MemoryError):
-            pool.submit(bytearray, ilsvrc.MEMORY_LIMIT_BYTES + 2**20).result()
+            pool.submit(bytearray, decoding.MEMORY_LIMIT_BYTES + 2**20).result()
 
 
 def test_an_image_of_64_megapixels_fits_into_that_memory() -> None:
     context = multiprocessing.get_context("spawn")
     content = encoded(Image.new("RGBA", (8000, 8000), (200, 100, 50, 128)), compress_level=1)
-    with ProcessPoolExecutor(1, mp_context=context, initializer=ilsvrc._prepare_process) as pool:
-        found = pool.submit(ilsvrc.box_resized, content, 4).result()
+    with ProcessPoolExecutor(1, mp_context=context, initializer=decoding._prepare_process) as pool:
+        found = pool.submit(image_file.decode, content, Recipe(ilsvrc.boxed, 4)).result()
     assert found.tolist() == [[[100, 50, 25]] * 4] * 4
 
 

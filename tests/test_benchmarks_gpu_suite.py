@@ -256,8 +256,11 @@ def test_what_is_there_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_section_that_hangs_is_ended_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.gpu_worker.GRACE", 0)
     taken: dict[str, list[Row]] = {}
-    sections = {"hanging": Section(15, hanging)}
-    gpu_suite.run_sections(sections, setting(), lambda name, rows, seconds: taken.update({name: rows}))
+    for seconds in (10, 100):  # a process that starts on a busy machine may need more than the first
+        sections = {"hanging": Section(seconds, hanging)}
+        gpu_suite.run_sections(sections, setting(), lambda name, rows, seconds: taken.update({name: rows}))
+        if len(taken["hanging"]) == 2:
+            break
     assert [row.quantity for row in taken["hanging"]] == ["number", "the rest of hanging"]
     assert taken["hanging"][-1].note.startswith("no time was left")
 

@@ -23,7 +23,7 @@ from semi_fast import philox
 from semi_fast.cli import main
 from semi_fast.data_prep import prepare, restricted_unpickler
 from semi_fast.data_prep.prepare import prepare_imagenet127
-from semi_fast.data_prep.readers import downsampled_imagenet, ilsvrc
+from semi_fast.data_prep.readers import decoding, downsampled_imagenet, ilsvrc
 from semi_fast.data_prep.readers.imagenet127 import read_imagenet127
 from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, class_by_wnid, load_table
 from semi_fast.data_prep.readers.kept_chunks import KeptChunks, scratch_bytes
@@ -430,13 +430,13 @@ def test_a_killed_process_leaves_no_other_behind(tmp_path: Path, who: str) -> No
 def decoded_count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of images of every chunk that is handed to the decoding processes from now on."""
     counts: list[int] = []
-    submit = ilsvrc.ProcessPoolExecutor.submit
+    submit = decoding.ProcessPoolExecutor.submit
 
-    def counted(self, action, raw, names, resolution):
+    def counted(self, action, raw, names, recipe):
         counts.append(len(names))
-        return submit(self, action, raw, names, resolution)
+        return submit(self, action, raw, names, recipe)
 
-    monkeypatch.setattr(ilsvrc.ProcessPoolExecutor, "submit", counted)
+    monkeypatch.setattr(decoding.ProcessPoolExecutor, "submit", counted)
     return counts
 
 
@@ -444,7 +444,7 @@ KILLED_LATER = """
 import os, signal, sys
 from pathlib import Path
 from semi_fast.data_prep import prepare
-from semi_fast.data_prep.readers import ilsvrc
+from semi_fast.data_prep.readers import decoding
 if __name__ == "__main__":
     blocks = 0
     def killed(*arguments):
@@ -453,18 +453,22 @@ if __name__ == "__main__":
         if blocks == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return stored(*arguments)
-    stored, ilsvrc.KeptChunks.store = ilsvrc.KeptChunks.store, killed
+    stored, decoding.KeptChunks.store = decoding.KeptChunks.store, killed
     prepare.prepare_imagenet127(Path(sys.argv[1]), Path(sys.argv[2]), 8)
 """
 
 
 def test_what_a_killed_run_has_decoded_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, out, kept = write_ilsvrc(tmp_path / "raw", per_class=200), tmp_path / "data", tmp_path / ".data.decoded"
+    paths = sorted((raw / "train").rglob("*.JPEG"))
+    for path in paths[::7]:
+        Image.open(path).convert("L").save(path)
     end = subprocess.run([sys.executable, "-c", KILLED_LATER, str(raw), str(out)], check=False)
     assert end.returncode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, ".data.preparing", "raw"]
     saved = kept.read_bytes()
     whole = prepare_imagenet127(raw, tmp_path / "whole", 8)
+    assert whole.source["converted_to_rgb"] == {"L": len(paths[::7])}
     counts = decoded_count(monkeypatch)
 
     def prepared_again(content: bytes, there: int) -> None:
@@ -478,7 +482,6 @@ def test_what_a_killed_run_has_decoded_is_not_decoded_again(tmp_path: Path, monk
 
     prepared_again(saved, 4)
     prepared_again(saved[:100] + b"x" + saved[101:-1], 2)
-    paths = sorted((raw / "train").rglob("*.JPEG"))
     os.utime(paths[philox.shuffled(np.arange(len(paths)), 0, philox.FILE_ORDER, 0)[0]], ns=(1, 1))
     prepared_again(saved, 3)
     kept.write_bytes(saved)

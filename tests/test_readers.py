@@ -19,7 +19,9 @@ from PIL import Image
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.readers.digits import read_digits
-from semi_fast.data_prep.readers.image_folder import decode, read_image_folder
+from semi_fast.data_prep.readers import image_file
+from semi_fast.data_prep.readers.image_file import REFUSED, Accepted, Recipe
+from semi_fast.data_prep.readers.image_folder import cropped, read_image_folder
 from semi_fast.data_prep.restricted_unpickler import load_dict
 from tests.synthetic_data import (
     CIFAR10_NAMES,
@@ -240,6 +242,11 @@ def test_a_missing_or_damaged_cifar_file_is_named(
 def test_a_directory_without_cifar_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold cifar-100-binary/ or cifar-100-python/"):
         read_cifar("cifar100", write_cifar10_python(tmp_path, 1))
+
+
+def decode(content: bytes, resolution: int, accepted: Accepted = REFUSED) -> np.ndarray:
+    """As a folder of images is read."""
+    return image_file.decode(content, Recipe(cropped, resolution, accepted))
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

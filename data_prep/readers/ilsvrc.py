@@ -6,20 +6,9 @@ A folder may also be named by a super-class (`n01861778`, `086_n01861778`), as i
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
 import os
 import re
-import resource
-import signal
-import threading
-import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +17,17 @@ from PIL import Image
 
 from semi_fast import philox
 from semi_fast.data_prep.readers import Raw
-from semi_fast.data_prep.readers.image_folder import (
-    REFUSED,
-    Accepted,
-    BadImagesError,
-    Listing,
-    check_regular,
-    listed,
-    open_rgb,
-    read_image,
-)
+from semi_fast.data_prep.readers.decoding import decoded_blocks
+from semi_fast.data_prep.readers.image_file import REFUSED, Accepted, Recipe
+from semi_fast.data_prep.readers.image_folder import Listing, check_regular, listed
 from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, class_by_wnid, load_table, subset_note
-from semi_fast.data_prep.readers.kept_chunks import CHUNK_IMAGES, Decoded, KeptChunks, identity, scratch_bytes
+from semi_fast.data_prep.readers.kept_chunks import scratch_bytes
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 SOLUTION = "LOC_val_solution.csv"
 LABEL_LISTS = (GROUND_TRUTH, f"ILSVRC2012_devkit_t12/data/{GROUND_TRUTH}", SOLUTION)
 LIST_LIMIT_BYTES = 2**26
-CHUNKS_AHEAD = 3  # for each process
 ORDER_KEY = 0
-MEMORY_LIMIT_BYTES = 2**31  # that a decoding process may add; an image of 64 megapixels takes half of it at most
-
-How = tuple[int, Accepted]
-"""The resolution, and what is accepted."""
 
 
 def read_ilsvrc(
@@ -93,16 +70,16 @@ def read_ilsvrc(
         resolution=(resolution, resolution),
         labels={"train": labels[order["train"]].astype(np.int64), "test": test_labels[order["test"]]},
         num_unlabeled=0,
-        blocks=_blocks(raw, files, (resolution, accepted), source, kept),
+        blocks=decoded_blocks(raw, files, Recipe(boxed, resolution, accepted), source, kept),
         source=source,
         statistics=None if note else STATISTICS,
         scratch_bytes=scratch_bytes(kept, source["files"], resolution) if kept else 0,
     )
 
 
-def box_resized(content: bytes, resolution: int, accepted: Accepted = REFUSED) -> np.ndarray:
-    """uint8 [resolution, resolution, 3] of one encoded image, its sides resized each on its own."""
-    return np.asarray(open_rgb(content, accepted).resize((resolution, resolution), Image.Resampling.BOX))
+def boxed(rgb: Image.Image, resolution: int) -> Image.Image:
+    """The whole image, its sides resized each on its own."""
+    return rgb.resize((resolution, resolution), Image.Resampling.BOX)
 
 
 def _labeled(listing: Listing, part: str) -> list[tuple[str, str]]:
@@ -168,90 +145,3 @@ def _listed_wnids(path: Path) -> dict[str, str]:
     if bad := [f"{name}: {wnid!r:.40}" for name, wnid in named.items() if wnid not in known]:
         raise ValueError(f"{path}: must give a synset of each image; {len(bad)} are none ({'; '.join(bad[:5])})")
     return named
-
-
-def _blocks(
-    raw: Path, files: dict[str, list[str]], how: How, source: dict[str, Any], kept: Path | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """ValueError at the end names what could not be decoded. Puts the digest of all files into `source`."""
-    digest, bad = hashlib.sha256(), {}
-    with closing(_decoded(raw, files, how, kept)) as chunks:
-        for part, names, decoded in chunks:
-            for name, (sha256, pixels) in zip(names, decoded, strict=True):
-                digest.update(os.fsencode(name) + b"\0" + sha256)
-                if isinstance(pixels, str):
-                    bad[raw / name] = pixels
-            if not bad:
-                yield part, np.stack([pixels for _, pixels in decoded])  # type: ignore[arg-type]
-    if bad:
-        raise BadImagesError(bad, source["files"])
-    source["sha256"] = digest.hexdigest()
-
-
-def _decoded(
-    raw: Path, files: dict[str, list[str]], how: How, kept: Path | None
-) -> Generator[tuple[str, list[str], Decoded], None, None]:
-    """(part, names, what became of them) in order, decoded on every core and a few chunks ahead of the reader.
-
-    The processes end with this generator and with their parent, however that ends. RuntimeError when one of them dies.
-    """
-    processes = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads that show progress
-    pending: deque[tuple[str, list[str], Callable[[], Decoded]]] = deque()
-    with ExitStack() as stack:
-        store = stack.enter_context(closing(KeptChunks(kept, how[0]))) if kept else None
-        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        try:
-            for place, (part, names) in enumerate(_chunks(files)):
-                pending.append((part, names, _begun(pool, store, place, raw, names, how)))
-                if len(pending) > CHUNKS_AHEAD * processes:
-                    part, names, result = pending.popleft()
-                    yield part, names, result()
-            for part, names, result in pending:
-                yield part, names, result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that decodes images was ended, as happens when memory is short; try again"
-            ) from error
-
-
-def _chunks(files: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
-    for part, names in files.items():
-        for first in range(0, len(names), CHUNK_IMAGES):
-            yield part, names[first : first + CHUNK_IMAGES]
-
-
-def _begun(
-    pool: ProcessPoolExecutor, store: KeptChunks | None, place: int, raw: Path, names: list[str], how: How
-) -> Callable[[], Decoded]:
-    """Waits for the images when called; they are read from `store`, or decoded and put there."""
-    files = identity(raw, names, how) if store else b""
-    found = store.load(place, files, len(names)) if store else None
-    if found is not None:
-        return lambda: found
-    future = pool.submit(_decode_chunk, str(raw), names, how)
-
-    def result() -> Decoded:
-        decoded = future.result()
-        if store:
-            store.store(place, files, decoded)
-        return decoded
-
-    return result
-
-
-def _decode_chunk(raw: str, names: list[str], how: How) -> Decoded:
-    decoder = partial(box_resized, accepted=how[1])
-    return [read_image(Path(raw, name), how[0], decoder) for name in names]
-
-
-def _prepare_process() -> None:
-    """Of a decoding process: Ctrl-C is its parent's matter, whom it does not outlive, and its memory is limited."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    warnings.simplefilter("ignore")  # Pillow warns of what is refused here, or of harmless metadata
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

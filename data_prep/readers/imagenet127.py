@@ -8,7 +8,7 @@ from pathlib import Path
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.readers.downsampled_imagenet import find_batches, read_batches
 from semi_fast.data_prep.readers.ilsvrc import read_ilsvrc
-from semi_fast.data_prep.readers.image_folder import REFUSED, Accepted
+from semi_fast.data_prep.readers.image_file import REFUSED, Accepted
 
 FOLDER_RESOLUTION = 32
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import __version__ as pillow_version
 
-DIGEST_BYTES = 32
-CHUNK_IMAGES = 64
+from semi_fast.data_prep.readers.image_file import ImageRead
 
-Decoded = list[tuple[bytes, np.ndarray | str]]
-"""SHA-256 of each file, and its pixels or why there are none."""
+DIGEST_BYTES = 32
+MODE_BYTES = 8
+HEAD_BYTES = DIGEST_BYTES + MODE_BYTES
+CHUNK_IMAGES = 64
 
 
 class KeptChunks:
@@ -28,7 +29,7 @@ class KeptChunks:
     def __init__(self, path: Path, resolution: int) -> None:
         self.path = path
         self.resolution = resolution
-        self.row_bytes = DIGEST_BYTES + 3 * resolution**2
+        self.row_bytes = HEAD_BYTES + 3 * resolution**2
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,19 +37,27 @@ class KeptChunks:
             os.close(self.file)
             raise ValueError(f"{path}: held by another process that prepares the same --out; choose another") from None
 
-    def load(self, place: int, identity: bytes, images: int) -> Decoded | None:
+    def load(self, place: int, identity: bytes, images: int) -> list[ImageRead] | None:
         """What the slot holds of the files with this identity; None if it does not."""
         slot = os.pread(self.file, DIGEST_BYTES + images * self.row_bytes, self._offset(place))
         digest, content = slot[:DIGEST_BYTES], slot[DIGEST_BYTES:]
         if len(content) != images * self.row_bytes or digest != self._digest(identity, content):
             return None
         rows = np.frombuffer(content, np.uint8).reshape(images, self.row_bytes)
-        pixels = rows[:, DIGEST_BYTES:].reshape(images, self.resolution, self.resolution, 3)
-        return [(row[:DIGEST_BYTES].tobytes(), image) for row, image in zip(rows, pixels, strict=True)]
+        pixels = rows[:, HEAD_BYTES:].reshape(images, self.resolution, self.resolution, 3)
+        heads = [row[:HEAD_BYTES].tobytes() for row in rows]
+        return [
+            ImageRead(head[:DIGEST_BYTES], image, head[DIGEST_BYTES:].rstrip(b"\0").decode("ascii"))
+            for head, image in zip(heads, pixels, strict=True)
+        ]
 
-    def store(self, place: int, identity: bytes, decoded: Decoded) -> None:
+    def store(self, place: int, identity: bytes, decoded: list[ImageRead]) -> None:
         """Fill a slot; one with a file that is no image stays as it is."""
-        rows = [sha256 + pixels.tobytes() for sha256, pixels in decoded if not isinstance(pixels, str)]
+        rows = [
+            read.sha256 + read.mode.encode("ascii").ljust(MODE_BYTES, b"\0") + read.pixels.tobytes()
+            for read in decoded
+            if not isinstance(read.pixels, str)
+        ]
         if len(rows) == len(decoded):
             content = b"".join(rows)
             slot, done = self._digest(identity, content) + content, 0
@@ -80,5 +89,5 @@ def identity(raw: Path, names: list[str], how: object) -> bytes:
 def scratch_bytes(path: Path, images: int, resolution: int) -> int:
     """Disk space that the file at `path` will take, beyond what it has already."""
     slots = -(-images // CHUNK_IMAGES) + 1  # one more: parts end with chunks of their own
-    whole = slots * (DIGEST_BYTES + CHUNK_IMAGES * (DIGEST_BYTES + 3 * resolution**2))
+    whole = slots * (DIGEST_BYTES + CHUNK_IMAGES * (HEAD_BYTES + 3 * resolution**2))
     return max(0, whole - (path.lstat().st_blocks * 512 if path.is_file() else 0))

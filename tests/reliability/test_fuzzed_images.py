@@ -19,7 +19,8 @@ from PIL import Image, features
 
 from semi_fast.cli import main
 from semi_fast.data_prep import prepare
-from semi_fast.data_prep.readers.image_folder import Accepted, decode, read_image
+from semi_fast.data_prep.readers.image_file import Accepted, Recipe, read_image
+from semi_fast.data_prep.readers.image_folder import cropped
 from semi_fast.manifest import load_manifest, verify_manifest
 from tests.reliability.figures import amount, record
 from tests.reliability.forked import forked
@@ -146,7 +147,7 @@ def animated(content: bytes) -> bool:
 def decoded(content: bytes, path: Path) -> str:
     """Digest of the pixels, or why the file is refused; anything else that happens is raised."""
     path.write_bytes(content)
-    pixels = read_image(path, RESOLUTION, lambda data, side: decode(data, side, ACCEPTED))[1]
+    pixels = read_image(path, Recipe(cropped, RESOLUTION, ACCEPTED)).pixels
     return f"refused: {pixels}" if isinstance(pixels, str) else hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
