@@ -170,6 +170,7 @@ OFFICIAL = ("--method.semi.preset=official", "--method.semi.threshold=0.7", "--m
         (("--method.semi.balanced_head=false", "--method.semi.bank_sampling=4"), "tops up the balanced head's batch"),
         (("--method.semi.prototype_min_filled=200",), r"prototype_min_filled must lie in \[1, 128\]; got 200"),
         (("--method.semi.class_weight_momentum=1",), r"class_weight_momentum must lie in \[0, 1\); got 1"),
+        ((*OFFICIAL, "--method.epoch_steps=200"), r"must not raise mixing above 1.*; got 2\.498 at the end"),
         (("--method.semi.temperature=0",), r"method\.semi\.temperature must be positive; got 0"),
         (("--method.semi.warmup_epochs=500",), r"warmup_epochs \* method\.epoch_steps must be below optim\.steps"),
     ],

@@ -74,8 +74,7 @@ class SeMi:
             "epoch_per_epoch_steps": epoch / self.epoch_steps,
         }[o.mixing_ramp]
         if o.class_weight_norm == "max":
-            share = share ** (1 / o.class_weight_temperature)
-            share = share / share.max()
+            share = (share / share.max()) ** (1 / o.class_weight_temperature)  # the power of small shares may be 0
         return torch.where(self.active(step), o.mixing * progress * share, 0.0)
 
     def adjustments(self, state: State) -> tuple[Tensor, Tensor]:

@@ -170,6 +170,7 @@ def rules(semi: SemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: in
         return getattr(semi, key) >= low, f"method.semi.{key} must be at least {low}; got {getattr(semi, key)}"
 
     scrambled = semi.feature_order == "official"
+    highest = semi.mixing * ((steps - 1) // epoch_steps) / epoch_steps
     return [
         within("threshold", 0, 1, open_low=True),
         within("hardness_scale", 0, 1),
@@ -190,6 +191,11 @@ def rules(semi: SemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: in
             semi.warmup_epochs * epoch_steps < steps,
             "method.semi.warmup_epochs * method.epoch_steps must be below optim.steps; got "
             f"{semi.warmup_epochs} * {epoch_steps} and {steps}",
+        ),
+        (
+            semi.mixing_ramp != "epoch_per_epoch_steps" or highest <= 1,
+            "method.semi.mixing_ramp epoch_per_epoch_steps must not raise mixing above 1, as a share of it is mixed; "
+            f"got {highest:g} at the end: use epoch, or a larger method.epoch_steps",
         ),
         (
             semi.balanced_head or not semi.bank_sampling,
