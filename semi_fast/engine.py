@@ -19,7 +19,7 @@ from semi_fast.evaluation import Evaluation
 from semi_fast.levels import Level, settle
 from semi_fast.metrics import Interval
 from semi_fast.preemption import Preemption, stop
-from semi_fast.runlog import Clock, MetricsFile, Screen
+from semi_fast.runlog import Clock, MetricsFile, Screen, changes
 from semi_fast.sampling import Batches, DeviceBatches
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
@@ -72,6 +72,7 @@ class Engine:
         self.draws = DeviceBatches(batches, self.device)
         self.run: Callable[[], None] | None = None  # a step's device work at the level that was settled
         self.level: dict[str, Any] = {}
+        self.start = 0  # the step that this process went on from
         self.not_saved = 0  # checkpoints in a row
 
     def fit(self, start: int, preemption: Preemption) -> None:
@@ -123,7 +124,7 @@ class Engine:
         self.screen.line(f"engine: {level}{why}; ready after {seconds:.1f} s")
         before = self.meta.get("level", str(level))
         if before != str(level):
-            self.screen.line(f"warning: the steps before were at level {before}: equal but for rounding")
+            self.note_changes([f"engine.level was {before}, is {level}"])
         self.meta["level"] = str(level)
         self.clock.lap()
         return self.run
@@ -228,14 +229,25 @@ class Engine:
         yield from self.saved_tensors()
         yield from self.program.state.others()
 
+    def check_same(self, done: int) -> None:
+        """Raise RuntimeError on all processes if they have drifted apart."""
+        own = ("running_mean", "running_var") if self.config.model.bn == "local" else ()
+        odd = processes.differing([(name, tensor) for name, tensor in self.changed() if not name.endswith(own)])
+        if odd:
+            raise RuntimeError(
+                f"all processes must hold the same state; after step {done} they differ in {odd[0]} and {len(odd) - 1} "
+                "other tensors, and nothing was saved: --resume=auto goes on from the checkpoint before"
+            )
+
     def save(self, done: int, *, must: bool) -> None:
-        """Publish a checkpoint from the main process; never one that is not finite.
+        """Publish a checkpoint from the main process; never one that is not finite, or not what all processes hold.
 
         What the disk does not take is tried twice; then the run goes on with a warning, unless it `must` be saved or
         this was the third time in a row: NotSavedError.
         """
         self.check_finite()
         self.interval.share()
+        self.check_same(done)
         if self.metrics is None:
             return
         for left in (1, 0):
@@ -270,15 +282,27 @@ class Engine:
 
     def resume(self, saved: checkpoint.Checkpoint) -> int:
         """Take over the state of a checkpoint; returns the step to go on from."""
-        meta = saved.meta
+        meta, scaler = saved.meta, self.program.state.scaler
+        if meta["scaler"].keys() != scaler.state_dict().keys():
+            raise ValueError(f"checkpoint {saved.path} does not fit this run: scaler has other keys; use a new run_dir")
         self.interval.open(meta["interval_names"], meta["interval_steps"])
         checkpoint.restore(self.saved_tensors(), saved.tensors)
         if self.metrics is not None:
+            self.metrics.check(meta["metrics_bytes"])  # before anything is given up
             checkpoint.retire_after(self.checkpoints, meta["step"])
-        if meta["scaler"]:
-            self.program.state.scaler.load_state_dict(meta["scaler"])
+        scaler.load_state_dict(meta["scaler"])
         seconds = (meta[key] for key in ("seconds", "cpu_seconds", "training_seconds", "interval_seconds"))
         self.clock = Clock(*seconds)
-        if "level" in meta:
-            self.meta["level"] = meta["level"]
-        return int(meta["step"])
+        self.start = meta["step"]
+        self.meta |= {"level": meta["level"], "changed_on_resume": meta["changed_on_resume"]}
+        self.note_changes(changes(meta["environment"], self.meta["environment"]))
+        return self.start
+
+    def note_changes(self, found: list[str]) -> None:
+        """Say what is not as it was before a resume, here and in what is saved."""
+        if found:
+            self.screen.line(f"warning: {', '.join(found)}: goes on equal but for rounding, not bit for bit")
+        self.meta["changed_on_resume"] = [
+            *self.meta["changed_on_resume"],
+            *(f"after step {self.start}: {one}" for one in found),
+        ]
