@@ -35,7 +35,7 @@ from semi_fast.data_prep.taken_up import with_written
 from semi_fast.data_prep.writers.resident import write_resident
 from semi_fast.hashed_file import HashedFile
 from semi_fast.manifest import Manifest, kept_arrays, load_manifest, write_manifest
-from semi_fast.sealed_json import fsync_directory
+from semi_fast.sealed_json import fsync_directory, make_directory
 
 DIGITS_RESOLUTION = 16
 FOLDER_RESOLUTION = 32
@@ -124,7 +124,7 @@ def publish(
     check_absent(out)
     raw = read()
     _check_classes(raw)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
     needed = formats.needed_bytes(raw) + raw.scratch_bytes
     no_space = f"{out} needs {needed} bytes of disk space; make room or choose another --out"
     try:

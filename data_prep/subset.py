@@ -14,8 +14,9 @@ from semi_fast.data_prep.formats import RESIDENT, Formats
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.data_prep.prepare import BAD_FILE, check_absent, hidden_directory, publish, versions, write_bad
 from semi_fast.data_prep.readers.prepared import read_prepared, renumbered
-from semi_fast.manifest import Manifest, load_manifest, save_split, seal_split, verify_manifest
+from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, save_split, seal_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
+from semi_fast.sealed_json import make_directory
 
 SPLIT_NAME = "prepared"
 NAME_DIGITS = 32
@@ -30,9 +31,13 @@ def prepare_subset(
     What a killed run has left of it is taken up where `inputs`, a digest of what it is made from, is the same.
     """
     out = Path(os.path.abspath(out))
+    hidden = out.parent / f".{out.name}.whole"
+    if (out / MANIFEST_FILE).is_file() and hidden.is_dir():  # killed once all was there, before it was cleared away
+        with hidden_directory(hidden):
+            pass
     check_absent(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with hidden_directory(out.parent / f".{out.name}.whole") as scratch:
+    make_directory(out.parent)
+    with hidden_directory(hidden) as scratch:
         for path in [path for path in scratch.iterdir() if inputs not in path.name]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         everything = _verified(scratch / inputs) or whole(scratch / inputs, RESIDENT)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from semi_fast.manifest import file_sha256
-from semi_fast.sealed_json import fsync_directory, read_json
+from semi_fast.sealed_json import fsync_directory, make_directory, read_json
 
 TENSORS, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 
@@ -52,7 +52,7 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
             raise RuntimeError(f"checkpoint of step {step}: {name} is not finite; nothing was saved")
     final, hidden = root / f"step_{step:09d}", root / f".tmp-{os.getpid()}-{step}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         for left in (*root.glob(".tmp-*"), *root.glob(".del-*")):
             shutil.rmtree(left)
         hidden.mkdir()
@@ -95,11 +95,17 @@ def published(root: Path) -> list[Path]:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint after verifying every byte against its manifest; ValueError in one line if it fails."""
+    """Read a checkpoint after verifying its name and every byte against its manifest; ValueError in one line if it
+    fails."""
     try:
         manifest = read_json(path / MANIFEST)
+        if path.resolve().name != f"step_{manifest['step']:09d}":
+            raise ValueError(f"it was saved as that of step {manifest['step']}")
         for name in (TENSORS, META):
-            if file_sha256(path / name) != manifest["files"][name]["sha256"]:
+            expected = manifest["files"][name]
+            if (num_bytes := (path / name).stat().st_size) != expected["bytes"]:
+                raise ValueError(f"{name} has {num_bytes} bytes, not {expected['bytes']}")
+            if file_sha256(path / name) != expected["sha256"]:
                 raise ValueError(f"{name} does not match its digest")
         return Checkpoint(path, load_file(path / TENSORS), read_json(path / META))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

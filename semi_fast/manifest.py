@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from semi_fast.sealed_json import digest, fsync_directory, read_sealed, write_sealed
+from semi_fast.sealed_json import digest, fsync_directory, make_directory, read_sealed, write_sealed
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -165,7 +165,7 @@ def save_split(split: Split, path: str | Path) -> Split:
     A file that holds the same split is left as it is, any other is never replaced.
     """
     path, document = Path(path), split_document(split)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         write_sealed(temporary, document)

@@ -7,14 +7,22 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from semi_fast import checkpoint
 from semi_fast.errors import exit_code
-from semi_fast.runlog import write_json
-from semi_fast.schema.config import Config, leaves
+from semi_fast.manifest import Manifest, Split
+from semi_fast.runlog import DECISIVE, no_link, write_json, writing
+from semi_fast.schema.config import Config, identity, leaves
+from semi_fast.sealed_json import make_directory
+
+OF_THE_ENGINE = {
+    "step", "level", "seconds", "cpu_seconds", "training_seconds", "interval_seconds", "interval_steps",
+    "interval_names", "metrics_bytes", "scaler",
+}  # fmt: skip
+"""What a checkpoint says of the state, beside `provenance`."""
 
 
 def run_dir_of(config: Config, dataset: str) -> Path:
@@ -26,17 +34,31 @@ def run_dir_of(config: Config, dataset: str) -> Path:
     return Path("runs") / f"{dataset}_{config.method.name}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def provenance(config: Config, manifest: Manifest, split: Split, environment: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the run it belongs to."""
+    return {
+        "config": identity(config),
+        "data_sha256": manifest.data_sha256,
+        "split_sha256": split.sha256,
+        "environment": {key: environment[key] for key in DECISIVE},
+        "changed_on_resume": [],
+    }
+
+
 def checkpoint_to_resume(
     run_dir: Path, resume: str, meta: dict[str, Any], warn: Callable[[str], None]
 ) -> checkpoint.Checkpoint | None:
     """What to go on from, None for a start; reads only.
 
     Raises ValueError if the directory is in use by another run, holds nothing whole to resume, or is not of the run
-    that `meta` describes.
+    that `meta` describes, RuntimeError if nothing can be written there.
     """
     root = run_dir / "checkpoints"
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir must be a directory; {run_dir} is a file: choose another")
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RuntimeError(f"run_dir {run_dir} cannot be written: {there} is read-only here; choose another")
     used = run_dir.exists() and any(run_dir.iterdir())
     if resume == "none":
         if used:
@@ -65,11 +87,17 @@ def checkpoint_to_resume(
 
 def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
     """Raise ValueError for the first thing in which a checkpoint is not of the run that `meta` describes."""
+    if odd := sorted(saved.meta.keys() ^ (meta.keys() | OF_THE_ENGINE)):
+        raise ValueError(
+            f"checkpoint {saved.path} is of another version of semi_fast: {odd[0]} is on one side only; "
+            "use a new run_dir"
+        )
     mine, its = leaves(meta["config"]), leaves(saved.meta["config"])
     for key in sorted(mine.keys() | its.keys()):
-        if mine.get(key) != its.get(key):
+        here, there = (side.get(key, "absent") for side in (mine, its))
+        if here != there:
             raise ValueError(
-                f"checkpoint {saved.path} is of another config: {key} is {its.get(key)} there, {mine.get(key)} here; "
+                f"checkpoint {saved.path} is of another config: {key} is {there} there, {here} here; "
                 "use its config.yaml, or a new run_dir"
             )
     for key in ("data_sha256", "split_sha256"):
@@ -86,22 +114,24 @@ def claimed(run_dir: Path) -> Iterator[None]:
 
     While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "run.lock").open("a+", encoding="utf-8") as lock:
+    make_directory(run_dir)
+    with open(run_dir / "run.lock", "a+", encoding="utf-8", opener=no_link) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise ValueError(f"run_dir {run_dir} is in use by {holder}; wait for it, or choose another") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        with writing(run_dir / "run.lock"):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
         status = run_dir / "status.json"
         status.unlink(missing_ok=True)
         try:
             yield
         except BaseException as error:
-            write_json(status, {"exit_code": exit_code(error), "message": str(error) or type(error).__name__})
+            with suppress(RuntimeError):  # of a disk that is full: what ended the run is what must be told
+                write_json(status, {"exit_code": exit_code(error), "message": str(error) or type(error).__name__})
             raise
         write_json(status, {"exit_code": 0, "message": "finished"})

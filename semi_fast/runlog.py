@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,18 +22,43 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from semi_fast.ops.door import backend
+from semi_fast.schema.config import leaves
+from semi_fast.sealed_json import fsync_directory
 
 PACKAGES = ("semi-fast", "torch", "torchvision", "timm", "numpy", "accelerate", "safetensors", "pillow", "triton")
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DECISIVE = ("device", "hardware", "operations", "processes", "threads", "versions")
+"""Of an environment: what a run must keep to go on bit for bit."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """RuntimeError in one line that names the file, if the disk does not take what is written meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        full = "; disk full?" if error.errno in NO_SPACE else ""
+        raise RuntimeError(f"{path} could not be written: {error.strerror or error}{full}") from error
+
+
+def no_link(path: str, flags: int) -> int:
+    """Opens a file of ours for `open`, never through a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: a reader sees the old or the new content."""
+    """Replace a file whole: a reader sees the old or the new content, and the new one is on the disk afterwards."""
     hidden = path.with_name(f".{path.name}.tmp")
-    with hidden.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)
+    with writing(path):
+        try:
+            with open(hidden, "w", encoding="utf-8", opener=no_link) as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            hidden.replace(path)
+        finally:
+            hidden.unlink(missing_ok=True)
+        fsync_directory(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -92,6 +120,16 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
     }
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`torch was 2.12, is 2.13` for each DECISIVE entry in which two environments differ."""
+    was, has = leaves(before), leaves(now)
+    return [
+        f"{key.removeprefix('versions.')} was {was.get(key, 'absent')}, is {has.get(key, 'absent')}"
+        for key in sorted(was.keys() | has.keys())
+        if key.split(".")[0] in DECISIVE and was.get(key) != has.get(key)
+    ]
+
+
 @dataclass
 class Clock:
     """Seconds of this run, with those from before a resume."""
@@ -121,15 +159,19 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
 
-    def cut(self, offset: int) -> None:
-        """Begin, or go on, at `offset` bytes; ValueError if the file is shorter than that."""
-        self.path.touch()
-        if self.path.stat().st_size < offset:
+    def check(self, offset: int) -> None:
+        """Raise ValueError if there are fewer bytes than that to go on from."""
+        if offset and (not self.path.exists() or self.path.stat().st_size < offset):
             raise ValueError(f"{self.path} is shorter than the checkpoint says ({offset} bytes); start a new run_dir")
-        os.truncate(self.path, offset)
+
+    def cut(self, offset: int) -> None:
+        """Begin, or go on, at `offset` bytes."""
+        self.check(offset)
+        with writing(self.path), open(self.path, "ab", opener=no_link) as file:
+            file.truncate(offset)
 
     def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self, kind: str) -> list[dict[str, Any]]:
@@ -139,7 +181,7 @@ class MetricsFile:
 
     def flush(self) -> int:
         """Force the file to the disk; returns its length in bytes."""
-        with self.path.open("rb") as file:
+        with writing(self.path), self.path.open("rb") as file:
             os.fsync(file.fileno())
             return file.seek(0, os.SEEK_END)
 

@@ -97,9 +97,12 @@ def summarise(
         "status": "finished",
         **{
             key: environment[key]
-            for key in ("processes", "threads", "precision", "device", "hardware", "commit", "versions")
+            for key in (
+                "processes", "threads", "precision", "device", "hardware", "commit", "versions", "bit_exact",
+                "changed_on_resume",
+            )
         },
-    }
+    }  # fmt: skip
     if validations:
         chosen = max(validations, key=lambda record: record["heads"][predicts]["balanced_accuracy"])
         at = next(record for record in tests if record["step"] == chosen["step"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,7 +37,7 @@ from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
 from semi_fast.preemption import Preemption, end_with_launcher
 from semi_fast.report import write_report
-from semi_fast.rundir import checkpoint_to_resume, claimed, run_dir_of
+from semi_fast.rundir import checkpoint_to_resume, claimed, provenance, run_dir_of
 from semi_fast.sampling import Batches, Stream, label_tables
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.schema.yaml_file import dump
@@ -60,11 +60,15 @@ def run(config: Config) -> dict[str, Any]:
     manifest = load_manifest(config.data.path)
     split = seal_split(split_for(manifest, "run", config.split))
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not on_cpu and processes > gpus:
+        raise RuntimeError(f"{processes} processes on this machine need as many GPUs; it has {gpus}: launch no more")
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.engine.timeout_seconds))
     accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None, kwargs_handlers=[timeout])
     try:
         config, run_dir = settled(config, manifest, accelerator)
-        meta = provenance(config, manifest, split, accelerator.num_processes)
+        environment = runlog.environment(accelerator.device, config.precision, accelerator.num_processes)
+        meta = provenance(config, manifest, split, environment)
         saved = checkpoint_to_resume(
             run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")
         )
@@ -73,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
             accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
             if accelerator.is_main_process:
                 stack.enter_context(claimed(run_dir))
-            return conduct(engine, config, manifest, split, accelerator, run_dir=run_dir, saved=saved)
+            return conduct(engine, config, manifest, split, accelerator, environment, run_dir=run_dir, saved=saved)
     finally:
         accelerator.end_training()
         if torch.distributed.is_initialized():
@@ -206,21 +210,24 @@ def conduct(
     manifest: Manifest,
     split: Split,
     accelerator: Accelerator,
+    environment: dict[str, Any],
     *,
     run_dir: Path,
     saved: Checkpoint | None,
 ) -> dict[str, Any]:
     """Resume if there is what to resume, write what the run is, train, and summarise."""
-    environment = runlog.environment(accelerator.device, config.precision, accelerator.num_processes)
     start = engine.resume(saved) if saved else 0
     if engine.metrics is not None:
         engine.metrics.cut(saved.meta["metrics_bytes"] if saved else 0)
         if saved is not None and (run_dir / "env.json").exists():
-            environment["before_resume"] = read_json(run_dir / "env.json")
+            before = read_json(run_dir / "env.json")
+            environment["before_resume"] = [*before.pop("before_resume", []), before]  # the newest last
         runlog.write_text(run_dir / "config.yaml", dump(config))
         runlog.write_json(run_dir / "env.json", environment)
-        (run_dir / "split.json").unlink(missing_ok=True)
-        save_split(split, run_dir / "split.json")
+        for name in ("summary.json", "split.json"):
+            (run_dir / name).unlink(missing_ok=True)
+        with runlog.writing(run_dir / "split.json"):
+            save_split(split, run_dir / "split.json")
         engine.screen.line(opening(config, manifest, split, environment, engine))
         if saved is not None:
             engine.screen.line(f"resumed from {saved.path}")
@@ -231,32 +238,28 @@ def conduct(
             engine.fit(start, preemption)
     except NonFiniteError as error:
         if engine.metrics is not None:
-            runlog.write_json(run_dir / "nonfinite.json", {"step": error.step, "sample_ids": error.ids})
+            with suppress(RuntimeError):  # of a disk that is full: the error says the same
+                runlog.write_json(run_dir / "nonfinite.json", {"step": error.step, "sample_ids": error.ids})
         raise
     finally:
         engine.screen.close()
     summary: dict[str, Any] = {}
-    environment |= {"engine": engine.level}
+    changed, repeats = engine.meta["changed_on_resume"], accelerator.device.type == "cpu" or config.engine.deterministic
+    environment |= {"engine": engine.level, "bit_exact": repeats and not changed, "changed_on_resume": changed}
     if engine.metrics is not None:
         parts = engine.metrics, engine.clock, engine.layout
         summary = summarise(config, manifest, split, environment, *parts)
         runlog.write_json(run_dir / "env.json", environment)
         runlog.write_json(run_dir / "summary.json", summary)
-        page = write_report([run_dir], run_dir / "report.html")
+        try:
+            with runlog.writing(run_dir / "report.html"):
+                page = write_report([run_dir], run_dir / "report.html")
+        except BaseException:
+            (run_dir / "summary.json").unlink()  # which says that the run is finished
+            raise
         engine.screen.line(f"report: {page}")
     accelerator.wait_for_everyone()
     return summary
-
-
-def provenance(config: Config, manifest: Manifest, split: Split, processes: int) -> dict[str, Any]:
-    """What a checkpoint says of the run it belongs to."""
-    return {
-        "config": identity(config),
-        "data_sha256": manifest.data_sha256,
-        "split_sha256": split.sha256,
-        "processes": processes,
-        "versions": runlog.versions(),
-    }
 
 
 def divided(config: Config, split: Split, needs: Any, accelerator: Accelerator) -> tuple[RowLayout, Batches]:
@@ -318,7 +321,8 @@ def guarded(config: Config) -> int:
     try:
         run(config)
     except EXPECTED as error:
-        print(one_line(error), file=sys.stderr)
+        with suppress(OSError):  # of a full disk behind the screen: the exit code is told in any case
+            print(one_line(error), file=sys.stderr)
         return exit_code(error)
     return 0
 

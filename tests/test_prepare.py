@@ -214,6 +214,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, limit: int) -> None
 
 def test_a_kill_at_any_sync_leaves_no_half_data_and_the_next_run_cleans_up(tmp_path: Path) -> None:
     raw, out = write_cifar10_binary(tmp_path / "raw", 1), tmp_path / "out" / "data"
+    out.parent.mkdir()
     fsync = os.fsync
 
     def killed_at(n: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from semi_fast.data_prep.long_tail import make_split
 from semi_fast.manifest import load_manifest, load_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
 
+from .reliability.forked import forked
 from .synthetic_data import write_cifar10_binary
 
 FLAGS = "--labeled-max 6 --imbalance-labeled 3 --unlabeled-max 9 --imbalance-unlabeled 3 --validation-per-class 1"
@@ -40,3 +44,28 @@ def test_it_holds_the_rows_of_the_split_and_no_others(tmp_path: Path, rule: str)
     assert (whole.mean, whole.std) == (small.mean, small.std)
     assert small.source["rows_of"]["data_sha256"] == whole.data_sha256
     assert sorted(p.name for p in tmp_path.iterdir()) == ["raw", "small", "whole"], "nothing is left beside it"
+
+
+def test_what_a_kill_has_left_beside_a_finished_subset_goes_with_the_next_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed after the rename; work in progress, where nothing is published yet, stays."""
+    raw, out, hidden = write_cifar10_binary(tmp_path / "raw", 40), tmp_path / "small", tmp_path / ".small.whole"
+    command = ["prepare", "cifar10", "--raw", str(raw), "--out", str(out), "--labeled-fraction", "0.5"]
+
+    def child() -> int:
+        shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        return main(command)
+
+    assert forked(child, seconds=60).signal == signal.SIGKILL
+    verify_manifest(load_manifest(out))
+    assert hidden.exists()
+    assert main(command) == 2
+    assert "--out must be new or an empty directory" in capsys.readouterr().err
+    assert not hidden.exists()
+    verify_manifest(load_manifest(out))
+
+    hidden.mkdir()
+    (out / "manifest.json").unlink()
+    assert main(command) == 2
+    assert hidden.exists(), "it may belong to a preparation that is not finished"
