@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,7 @@ def write_prepared(
     *,
     side: int = 8,
     seed: int = 0,
+    class_names: Sequence[str] | None = None,
 ) -> Manifest:
     """A prepared directory at `out` with these class counts, classes mixed; the fast way to a `Manifest` for a test."""
     rng = np.random.default_rng(seed)
@@ -245,7 +246,7 @@ def write_prepared(
         if unlabeled:
             yield "unlabeled", images_of(rng.integers(0, len(train), unlabeled), side, seed + 2)
 
-    names = tuple(f"class_{k}" for k in range(len(train)))
+    names = tuple(class_names or (f"class_{k}" for k in range(len(train))))
     raw = Raw(
         "synthetic", names, (side, side), labels, unlabeled, blocks(), {"reader": "synthetic", "name": "synthetic"}
     )

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semi_fast.data_prep.readers import Raw
+from semi_fast.data_prep.readers import Raw, image_file
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.readers.digits import read_digits
-from semi_fast.data_prep.readers import image_file
 from semi_fast.data_prep.readers.image_file import REFUSED, Accepted, Recipe
 from semi_fast.data_prep.readers.image_folder import cropped, read_image_folder
 from semi_fast.data_prep.restricted_unpickler import load_dict
