@@ -24,11 +24,13 @@ demo: $(VENV)/.run-installed  ## three methods on the bundled digits, compared o
 test: $(VENV)/.dev-installed  ## all tests, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+FAULTS := tests/reliability tests/test_preemption.py tests/test_processes.py
+
 test-reliability: $(VENV)/.dev-installed  ## a share of the faults, as CI makes them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(FAULTS)
 
 test-reliability-full: $(VENV)/.dev-installed  ## all faults, one after the other; writes benchmarks/results/reliability.csv
-	OMP_NUM_THREADS=1 SEMI_FAST_RELIABILITY=full $(BIN)/python -m pytest --timeout 7200 tests/reliability
+	OMP_NUM_THREADS=1 SEMI_FAST_RELIABILITY=full $(BIN)/python -m pytest --timeout 7200 $(FAULTS)
 
 check: $(VENV)/.dev-installed  ## style and types
 	$(BIN)/ruff check .

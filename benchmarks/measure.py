@@ -238,7 +238,7 @@ def gpu_state(device: torch.device) -> str:
 
 def provenance(device: torch.device, repeated: str) -> dict[str, Any]:
     """The columns that every row of a benchmark ends with."""
-    versions = runlog.versions()
+    versions = runlog.versions(device)
     return {
         "clock": clock_name(device),
         "spread": SPREAD,

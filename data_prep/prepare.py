@@ -33,6 +33,7 @@ from semi_fast.data_prep.readers.stl10 import SIDE as STL10_RESOLUTION
 from semi_fast.data_prep.readers.stl10 import read_stl10
 from semi_fast.data_prep.taken_up import with_written
 from semi_fast.data_prep.writers.resident import write_resident
+from semi_fast.errors import NO_SPACE
 from semi_fast.hashed_file import HashedFile
 from semi_fast.manifest import Manifest, kept_arrays, load_manifest, write_manifest
 from semi_fast.sealed_json import fsync_directory, make_directory
@@ -42,7 +43,6 @@ FOLDER_RESOLUTION = 32
 BAD_FILE = "bad.csv"
 BAD_LIMIT = 0.01
 """Of all files: how many may be left out."""
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def prepare_cifar10(raw: Path, out: Path, formats: Formats = RESIDENT) -> Manifest:

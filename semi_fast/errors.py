@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Of an OSError: the disk is full, or may not take more."""
+
 
 class NonFiniteError(RuntimeError):
     """A step whose loss, outputs or gradients were not finite."""

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -30,7 +31,9 @@ LAUNCHED = "SEMI_FAST_LAUNCHED"
 class Preemption:
     """While entered, SIGTERM, SIGINT or SIGUSR1 asks the run to stop; a later second one acts as it always does."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_seconds: float) -> None:
+        """Several processes wait so long for one another's answer."""
+        self.timeout = timedelta(seconds=timeout_seconds)
         self.asked: signal.Signals | None = None
         self.asked_time = 0.0
         self.before: dict[signal.Signals, signal.Handlers | None] = {}
@@ -41,7 +44,7 @@ class Preemption:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
             self.before = {one: signal.signal(one, self.note) for one in SIGNALS}  # type: ignore[misc]
         if processes.count() > 1:
-            self.group = dist.new_group(backend="gloo")  # on the host: a question does not wait for the device
+            self.group = dist.new_group(backend="gloo", timeout=self.timeout)  # on the host: no wait for the device
         return self
 
     def __exit__(self, *_: object) -> None:

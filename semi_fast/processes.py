@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,20 @@ AT_ONCE = 2**22
 def count() -> int:
     """Processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def lost_ones_named() -> Iterator[None]:
+    """Say in one line what an exchange that failed means: RuntimeError that another process was lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise RuntimeError(
+                "another process of this run has ended, or did not answer within engine.timeout_seconds; its own "
+                "message says why: --resume=auto goes on from the newest checkpoint"
+            ) from error
+        raise
 
 
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:

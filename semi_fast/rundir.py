@@ -13,16 +13,18 @@ from typing import Any
 
 from semi_fast import checkpoint
 from semi_fast.errors import exit_code
-from semi_fast.manifest import Manifest, Split
-from semi_fast.runlog import DECISIVE, no_link, write_json, writing
+from semi_fast.manifest import Manifest, Split, formats
+from semi_fast.runlog import DECISIVE, write_json, writing
 from semi_fast.schema.config import Config, identity, leaves
-from semi_fast.sealed_json import make_directory
+from semi_fast.sealed_json import digest, make_directory
 
 OF_THE_ENGINE = {
     "step", "level", "seconds", "cpu_seconds", "training_seconds", "interval_seconds", "interval_steps",
     "interval_names", "metrics_bytes", "scaler",
 }  # fmt: skip
 """What a checkpoint says of the state, beside `provenance`."""
+HOLDER_BYTES = 500
+"""Of a lock, for whose it is."""
 
 
 def run_dir_of(config: Config, dataset: str) -> Path:
@@ -36,9 +38,16 @@ def run_dir_of(config: Config, dataset: str) -> Path:
 
 def provenance(config: Config, manifest: Manifest, split: Split, environment: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of the run it belongs to."""
+    source = formats(manifest)[0] if config.data.source == "auto" else config.data.source
+    lossy = {
+        name: entry["sha256"]
+        for name, entry in manifest.containers.items()
+        if entry["format"] == source and entry.get("image_format") == "jpeg"
+    }
     return {
         "config": identity(config),
         "data_sha256": manifest.data_sha256,
+        "pixels_sha256": digest(lossy) if lossy else "those of the data",
         "split_sha256": split.sha256,
         "environment": {key: environment[key] for key in DECISIVE},
         "changed_on_resume": [],
@@ -100,12 +109,18 @@ def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
                 f"checkpoint {saved.path} is of another config: {key} is {there} there, {here} here; "
                 "use its config.yaml, or a new run_dir"
             )
-    for key in ("data_sha256", "split_sha256"):
+    for key in ("data_sha256", "pixels_sha256", "split_sha256"):
         if saved.meta[key] != meta[key]:
             raise ValueError(
                 f"checkpoint {saved.path} is of other data: {key} is {saved.meta[key][:12]} there and "
-                f"{meta[key][:12]} here; mend data.path or split.file, or use a new run_dir"
+                f"{meta[key][:12]} here; mend data.path, data.source or split.file, or use a new run_dir"
             )
+    before, now = (side["environment"]["processes"] for side in (saved.meta, meta))
+    if before != now and meta["config"]["model"]["bn"] == "local":
+        raise ValueError(
+            f"with model.bn local the share of a process is part of the method; {saved.path} had {before} processes, "
+            f"now there are {now}: start as many"
+        )
 
 
 @contextmanager
@@ -115,17 +130,18 @@ def claimed(run_dir: Path) -> Iterator[None]:
     While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory.
     """
     make_directory(run_dir)
-    with open(run_dir / "run.lock", "a+", encoding="utf-8", opener=no_link) as lock:
+    path = run_dir / "run.lock"
+    with writing(path):
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+            holder = os.pread(lock, HOLDER_BYTES, 0).decode(errors="replace").strip() or "another process"
             raise ValueError(f"run_dir {run_dir} is in use by {holder}; wait for it, or choose another") from None
-        with writing(run_dir / "run.lock"):
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
+        with writing(path):
+            os.ftruncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         status = run_dir / "status.json"
         status.unlink(missing_ok=True)
         try:
@@ -135,3 +151,5 @@ def claimed(run_dir: Path) -> Iterator[None]:
                 write_json(status, {"exit_code": exit_code(error), "message": str(error) or type(error).__name__})
             raise
         write_json(status, {"exit_code": 0, "message": "finished"})
+    finally:
+        os.close(lock)

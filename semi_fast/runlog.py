@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,13 +21,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from semi_fast.errors import NO_SPACE
 from semi_fast.ops.door import backend
 from semi_fast.schema.config import leaves
 from semi_fast.sealed_json import fsync_directory
 
-PACKAGES = ("semi-fast", "torch", "torchvision", "timm", "numpy", "accelerate", "safetensors", "pillow", "triton")
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-DECISIVE = ("device", "hardware", "operations", "processes", "threads", "versions")
+PACKAGES = (
+    "semi-fast", "torch", "torchvision", "timm", "numpy", "accelerate", "safetensors", "pillow", "triton", "numba",
+    "ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130",
+)  # fmt: skip
+DRIVER = Path("/proc/driver/nvidia/version")
+DECISIVE = ("commit", "device", "processor", "operations", "processes", "threads", "versions")
 """Of an environment: what a run must keep to go on bit for bit."""
 
 
@@ -66,14 +70,21 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def hardware(device: torch.device) -> str:
-    """The device in words: the GPU's name, or the CPU's with the cores this process may use."""
+def processor(device: torch.device) -> str:
+    """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def hardware(device: torch.device) -> str:
+    """The device in words: the GPU's name, or the CPU's with the cores this process may use."""
+    if device.type == "cuda":
+        return processor(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+    return f"{processor(device)}, {cores} cores"
 
 
 def commit() -> str:
@@ -93,9 +104,13 @@ def commit() -> str:
         return "unknown"
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what decides results, by distribution."""
+def versions(device: torch.device) -> dict[str, str]:
+    """Installed versions of what decides results, by distribution; on a GPU of CUDA, cuDNN and the driver too."""
     found = {"python": platform.python_version()}
+    if device.type == "cuda":
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        if DRIVER.exists() and (number := re.search(r"\d+\.[\d.]+", DRIVER.read_text())):
+            found["driver"] = number[0]
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -109,14 +124,15 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": commit(),
-        "device": str(device),
+        "device": device.type,
         "hardware": hardware(device),
         "operations": backend(device),
         "platform": platform.platform(),
         "precision": precision,
+        "processor": processor(device),
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": versions(device),
     }
 
 
@@ -166,7 +182,6 @@ class MetricsFile:
 
     def cut(self, offset: int) -> None:
         """Begin, or go on, at `offset` bytes."""
-        self.check(offset)
         with writing(self.path), open(self.path, "ab", opener=no_link) as file:
             file.truncate(offset)
 

@@ -36,6 +36,7 @@ from semi_fast.philox import ORDER_LABELED
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
 from semi_fast.preemption import Preemption, end_with_launcher
+from semi_fast.processes import lost_ones_named
 from semi_fast.report import write_report
 from semi_fast.rundir import checkpoint_to_resume, claimed, provenance, run_dir_of
 from semi_fast.sampling import Batches, Stream, label_tables
@@ -75,9 +76,12 @@ def run(config: Config) -> dict[str, Any]:
         with ExitStack() as stack:
             engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
             accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
+            preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
             if accelerator.is_main_process:
                 stack.enter_context(claimed(run_dir))
-            return conduct(engine, config, manifest, split, accelerator, environment, run_dir=run_dir, saved=saved)
+            stack.enter_context(lost_ones_named())
+            parts = engine, config, manifest, split, accelerator, environment
+            return conduct(*parts, preemption, run_dir=run_dir, saved=saved)
     finally:
         accelerator.end_training()
         if torch.distributed.is_initialized():
@@ -211,6 +215,7 @@ def conduct(
     split: Split,
     accelerator: Accelerator,
     environment: dict[str, Any],
+    preemption: Preemption,
     *,
     run_dir: Path,
     saved: Checkpoint | None,
@@ -234,8 +239,7 @@ def conduct(
     if config.log.track:
         accelerator.init_trackers("semi_fast", {key: str(value) for key, value in leaves(identity(config)).items()})
     try:
-        with Preemption() as preemption:
-            engine.fit(start, preemption)
+        engine.fit(start, preemption)
     except NonFiniteError as error:
         if engine.metrics is not None:
             with suppress(RuntimeError):  # of a disk that is full: the error says the same
@@ -244,7 +248,8 @@ def conduct(
     finally:
         engine.screen.close()
     summary: dict[str, Any] = {}
-    changed, repeats = engine.meta["changed_on_resume"], accelerator.device.type == "cpu" or config.engine.deterministic
+    changed = engine.meta["changed_on_resume"]
+    repeats = accelerator.device.type == "cpu" or config.engine.deterministic
     environment |= {"engine": engine.level, "bit_exact": repeats and not changed, "changed_on_resume": changed}
     if engine.metrics is not None:
         parts = engine.metrics, engine.clock, engine.layout

@@ -44,9 +44,11 @@ class Rank:
     exchanges_of_steps: list[list[str]]
 
 
-def run_of(count: int, data: Path, run_dir: Path, *flags: str, change: Callable[[], object] = bool) -> list[Rank]:
+def run_of(
+    count: int, data: Path, run_dir: Path, *flags: str, change: Callable[[], object] = bool, first: bool = False
+) -> list[Rank]:
     """Train the small run in so many processes, in float64 if `flags` say nothing else; `change` is called in each one
-    before it starts."""
+    before it starts. With `first`, only the first process is waited for."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     words = [*ARGUMENTS, f"--data.path={data}", f"--run_dir={run_dir}", "--precision=fp64", *flags]
     with socket.socket() as free:
@@ -60,7 +62,7 @@ def run_of(count: int, data: Path, run_dir: Path, *flags: str, change: Callable[
     for fork in forks:
         fork.start()
     end = time.monotonic() + SECONDS
-    for fork in forks:
+    for fork in forks[:1] if first else forks:
         fork.join(max(0.0, end - time.monotonic()))
     for fork in forks:
         fork.kill()  # where it hangs, as its exit code then says

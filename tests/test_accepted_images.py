@@ -7,6 +7,10 @@ import io
 import multiprocessing
 import os
 import resource
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,6 +21,7 @@ from PIL import Image
 
 from semi_fast.cli import main
 from semi_fast.data_prep.readers import decoding, ilsvrc, image_file
+from semi_fast.data_prep.readers.decoding import BadImagesError, decoded_blocks
 from semi_fast.data_prep.readers.image_file import Accepted, Recipe
 from semi_fast.manifest import load_manifest, verify_manifest
 
@@ -181,6 +186,50 @@ def test_hidden_files_are_ignored_and_counted(tmp_path: Path, capsys: pytest.Cap
     assert prepare(raw) == 0
     assert "note: 2 hidden files or folders were ignored" in capsys.readouterr().err
     assert load_manifest(tmp_path / "data").source["hidden_files_ignored"] == 2
+
+
+def fatal(rgb: Image.Image, resolution: int) -> Image.Image:
+    """What a decoder with a fault does to the process: with 3 x 3 pixels it crashes, with 4 x 4 it never ends."""
+    if rgb.size == (3, 3):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if rgb.size == (4, 4):
+        time.sleep(3600)
+    return rgb.resize((resolution, resolution))
+
+
+def test_a_file_that_ends_its_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SECONDS_FOR_A_FILE", 3)
+    names = [f"{i:03d}.png" for i in range(4 * decoding.CHUNK_IMAGES)]
+    for name in names:
+        Image.new("RGB", (8, 8), (int(name[:3]) % 256, 2, 3)).save(tmp_path / name)
+    for name, side in ((names[5], 3), (names[100], 4)):
+        Image.new("RGB", (side, side)).save(tmp_path / name)
+    source = {"files": len(names)}
+    with pytest.raises(BadImagesError, match="ended its decoder, or took it more than 3 s") as caught:
+        list(decoded_blocks(tmp_path, {"train": names}, Recipe(fatal, 2), source))
+    assert list(caught.value.bad) == [tmp_path / names[5], tmp_path / names[100]]
+    good = [name for name in names if name not in (names[5], names[100])]
+    rows = np.concatenate([rows for _, rows in decoded_blocks(tmp_path, {"train": good}, Recipe(fatal, 2), source)])
+    assert rows[:, 0, 0, 0].tolist() == [int(name[:3]) for name in good]
+
+
+UNGUARDED = """
+import sys
+from pathlib import Path
+from semi_fast.data_prep.readers.decoding import decoded_blocks
+from semi_fast.data_prep.readers.image_file import Recipe
+from semi_fast.data_prep.readers.image_folder import cropped
+list(decoded_blocks(Path(sys.argv[1]), {"train": ["a.png"]}, Recipe(cropped, 4), {"files": 1}))
+"""
+
+
+def test_processes_that_do_not_start_are_no_fault_of_a_file(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    script = tmp_path / "unguarded.py"
+    script.write_text(UNGUARDED)
+    end = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert "RuntimeError: the processes that decode images do not start" in end.stderr
+    assert "if __name__ == '__main__'" in end.stderr
 
 
 def test_a_decoding_process_has_limited_memory() -> None:

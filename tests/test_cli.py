@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -472,6 +474,13 @@ def test_a_checkpoint_of_another_configuration(
     not_started(capsys, digits, finished, flags, ["of another config", "new run_dir", *words])
 
 
+def test_a_run_goes_on_with_another_timeout(finished: Path, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(saved(tmp_path / "run", 6))
+    assert main(train(digits, tmp_path / "run", *SHORT, "--engine.timeout_seconds=77", "--resume=auto")) == 0
+    assert same_end(tmp_path / "run", finished)
+
+
 def test_a_checkpoint_of_other_data(
     finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -520,7 +529,7 @@ def test_a_run_directory_in_use_by_another_process(
     shutil.copytree(finished, run_dir)
     with (run_dir / "run.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        words = ["run_dir", run_dir, "in use by", "choose another"]
+        words = ["run_dir", run_dir, f"in use by process {os.getpid()} on {socket.gethostname()}", "choose another"]
         not_started(capsys, digits, run_dir, [*SHORT, "--resume=auto"], words)
 
 

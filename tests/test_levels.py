@@ -314,7 +314,7 @@ def test_a_run_that_goes_on_at_another_level_says_so(
     monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
     capsys.readouterr()
     run(config(digits, tmp_path / "run", *flags, resume="auto"))
-    assert "warning: the steps before were at level eager" in capsys.readouterr().out
+    assert "warning: engine.level was eager" in capsys.readouterr().out
 
 
 def test_the_only_level_ends_the_run_in_one_line(

@@ -142,7 +142,7 @@ def test_a_lost_process_ends_the_other(tmp_path: Path, started: Callable[..., su
 
 
 def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Preemption() as asked:
+    with Preemption(60) as asked:
         for _ in range(2):  # as a launcher passes on what the terminal has sent
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
@@ -154,6 +154,6 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(one) for one in preemption.SIGNALS]
-    with Preemption():
+    with Preemption(60):
         assert [signal.getsignal(one) for one in preemption.SIGNALS] != before
     assert [signal.getsignal(one) for one in preemption.SIGNALS] == before

@@ -4,9 +4,12 @@ two are at every step the same to the bit, or end."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +24,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semi_fast import processes
+from semi_fast import preemption, processes
 from semi_fast.batch import Rows
 from semi_fast.evaluation import EvalSet, Evaluation
 from semi_fast.methods import semi
 from semi_fast.methods.base import Loss
 from semi_fast.ops.pseudo_label import PseudoLabels
+from semi_fast.preemption import Preemption
 from semi_fast.step import StepReport, TrainStep
 
 from .libraries import needs
 from .ranks import Rank, run_of
+from .reliability.figures import record
 from .tiny import ARGUMENTS
 
 FLAGS = ["--optim.lr=0.03", "--method.semi.threshold=0.4", "--checkpoint.every=6", "--checkpoint.keep=9"]
@@ -106,6 +111,7 @@ def whole(run: Run, name: str) -> list[list[int]]:
 
 
 def test_two_processes_equal_one(one: Run, two: Run) -> None:
+    began = time.monotonic()
     assert [run.read("env.json")["processes"] for run in (one, two)] == [1, 2]
     assert_equal(one, two)
     records = [[json.loads(line) for line in (run.path / "metrics.jsonl").open()] for run in (one, two)]
@@ -114,8 +120,16 @@ def test_two_processes_equal_one(one: Run, two: Run) -> None:
         assert [a[key] for key in exact] == [b[key] for key in exact]
         if a["kind"] == "train":
             assert b["terms"] == pytest.approx(a["terms"], rel=1e-11)
-    used = [record["pseudo_labels"]["used_fraction"] for record in records[0] if record["kind"] == "train"]
+    used = [line["pseudo_labels"]["used_fraction"] for line in records[0] if line["kind"] == "train"]
     assert 0 < used[1] < 1, "some pseudo-labels are used, and some not"
+    record(
+        "two processes beside one",
+        made=STEPS,
+        failures=0,
+        goal="weights within 1e-12 in float64, integers exactly",
+        seconds=time.monotonic() - began,
+        note=f"steps; greatest difference {greatest_difference(one, two):.1e}",
+    )
 
 
 def test_every_step_is_that_of_one_process(one: Run, two: Run) -> None:
@@ -169,6 +183,23 @@ def test_a_run_goes_on_with_another_number_of_processes(
     resumed = run(count, digits, tmp_path / "run", "--resume=auto")
     assert len(resumed.ranks[0].steps) == STEPS - 6
     assert_equal(one, resumed)
+
+
+def test_two_processes_go_on_as_two_bit_for_bit(two: Run, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(two.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:09d}")
+    resumed = run(2, digits, tmp_path / "run", "--resume=auto")
+    assert resumed.read("summary.json")["bit_exact"]
+    assert_same_bits(two.tensors(), resumed.tensors())
+
+
+def test_local_normalisation_goes_on_with_as_many_processes_alone(digits: Path, tmp_path: Path) -> None:
+    flags = ("--model.bn=local", "--optim.steps=6", "--eval.every=6", "--checkpoint.every=3", "--resume=auto")
+    two = run(2, digits, tmp_path / "run", *flags)
+    shutil.rmtree(two.path / "checkpoints" / "step_000000006")
+    refused = run(1, digits, two.path, *flags, code=2)
+    assert "had 2 processes, now there are 1: start as many" in refused.ranks[0].output
+    run(2, digits, two.path, *flags)
 
 
 @pytest.mark.parametrize("source", ["ffcv", "dali"])
@@ -324,6 +355,42 @@ def test_both_processes_halve_the_scale_of_fp16_together(digits: Path, tmp_path:
     two = run(2, digits, tmp_path / "two", *flags, change=second_process_overflows)
     assert_same_bits(*(rank.state for rank in two.ranks))
     assert two.ranks[1].state["scaler.scale"] == 2.0**15, "it begins with 2 ** 16"
+
+
+def second_process_asks_nothing() -> None:
+    """It stands still where the two ask one another whether to stop."""
+
+    def check(self: Preemption, done: int) -> None:
+        if dist.get_rank() == 1 and done == 7:
+            time.sleep(3600)
+
+    inner, preemption.ASK_SECONDS = Preemption.check, 0.0  # after every step
+    Preemption.check = lambda self, done: check(self, done) or inner(self, done)  # type: ignore[method-assign]
+
+
+def second_process_dies() -> None:
+    def act(step: TrainStep) -> None:
+        if dist.get_rank() == 1 and int(step.state.step) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    after_every_step(act)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [(second_process_dies, -signal.SIGKILL), (second_process_asks_nothing, -signal.SIGKILL)],
+    ids=["killed", "hangs"],
+)
+def test_a_lost_process_is_named_by_the_other(
+    change: Callable[[], object], code: int, digits: Path, tmp_path: Path
+) -> None:
+    """Without a launcher, which would end it; what hangs is killed by the test once the other has ended."""
+    began = time.monotonic()
+    first, second = run_of(2, digits, tmp_path / "run", *FLAGS, "--engine.timeout_seconds=5", change=change, first=True)
+    assert time.monotonic() - began < 60
+    assert (first.code, second.code) == (3, code)
+    assert "semi-fast: another process of this run has ended, or did not answer within" in first.output
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 3
 
 
 def drifts(entry: str, step: int) -> Callable[[TrainStep], None]:

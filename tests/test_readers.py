@@ -19,7 +19,7 @@ from PIL import Image
 from semi_fast.data_prep.readers import Raw, image_file
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.readers.digits import read_digits
-from semi_fast.data_prep.readers.image_file import REFUSED, Accepted, Recipe
+from semi_fast.data_prep.readers.image_file import Accepted, Recipe
 from semi_fast.data_prep.readers.image_folder import cropped, read_image_folder
 from semi_fast.data_prep.restricted_unpickler import load_dict
 from tests.synthetic_data import (
@@ -243,7 +243,7 @@ def test_a_directory_without_cifar_is_refused(tmp_path: Path) -> None:
         read_cifar("cifar100", write_cifar10_python(tmp_path, 1))
 
 
-def decode(content: bytes, resolution: int, accepted: Accepted = REFUSED) -> np.ndarray:
+def decode(content: bytes, resolution: int, accepted: Accepted = image_file.REFUSED) -> np.ndarray:
     """As a folder of images is read."""
     return image_file.decode(content, Recipe(cropped, resolution, accepted))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def test_auto_is_memory_where_the_pixels_fit(manifest: Manifest, monkeypatch: py
     monkeypatch.setattr(source, "FITS", 0.0)
     ahead = open_source("auto", manifest, CPU, order, threads=1)
     assert isinstance(ahead, HostSource)
-    assert "read ahead" in ahead.description
+    assert re.search(r"read ahead: 1 MiB of pixels, [\d,]+ MiB free on cpu, at most half", ahead.description)
     for step in (*range(80), 5, 6, 200):  # three visits of the labeled images, a jump back and one forward
         expected = rows_of(opened, order, manifest.resolution, step)
         assert torch.equal(rows_of(ahead, order, manifest.resolution, step), expected)

@@ -1,4 +1,4 @@
-"""Image files decoded on every core, by processes of limited memory that a damaged file may end, not the command."""
+"""Image files decoded on every core by processes of limited memory: a damaged file may end one, but not the command."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from semi_fast.data_prep.readers.kept_chunks import CHUNK_IMAGES, KeptChunks, id
 
 SHOWN = 20
 CHUNKS_AHEAD = 3  # for each process
+SECONDS_FOR_A_FILE = 120
 MEMORY_LIMIT_BYTES = 2**31  # that a decoding process may add; an image of 64 megapixels takes half of it at most
 
 
@@ -64,29 +65,18 @@ def decoded_blocks(
 def _decoded(
     raw: Path, files: dict[str, list[str]], recipe: Recipe, kept: Path | None
 ) -> Generator[tuple[str, list[str], list[ImageRead]], None, None]:
-    """(part, names, what became of them) in order, decoded on every core and a few chunks ahead of the reader.
-
-    The processes end with this generator and with their parent, however that ends. RuntimeError when one of them dies.
-    """
-    processes = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads that show progress
+    """(part, names, what became of them) in order, decoded a few chunks ahead of the reader."""
     pending: deque[tuple[str, list[str], Callable[[], list[ImageRead]]]] = deque()
     with ExitStack() as stack:
         store = stack.enter_context(closing(KeptChunks(kept, recipe.resolution))) if kept else None
-        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process)
-        stack.callback(pool.shutdown, cancel_futures=True)
-        try:
-            for place, (part, names) in enumerate(_chunks(files)):
-                pending.append((part, names, _begun(pool, store, place, raw, names, recipe)))
-                if len(pending) > CHUNKS_AHEAD * processes:
-                    part, names, result = pending.popleft()
-                    yield part, names, result()
-            for part, names, result in pending:
+        decoders = stack.enter_context(closing(Decoders()))
+        for place, (part, names) in enumerate(_chunks(files)):
+            pending.append((part, names, _begun(decoders, store, place, raw, names, recipe)))
+            if len(pending) > CHUNKS_AHEAD * decoders.processes:
+                part, names, result = pending.popleft()
                 yield part, names, result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that decodes images was ended, as happens when memory is short; try again"
-            ) from error
+        for part, names, result in pending:
+            yield part, names, result()
 
 
 def _chunks(files: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
@@ -96,17 +86,17 @@ def _chunks(files: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _begun(
-    pool: ProcessPoolExecutor, store: KeptChunks | None, place: int, raw: Path, names: list[str], recipe: Recipe
+    decoders: Decoders, store: KeptChunks | None, place: int, raw: Path, names: list[str], recipe: Recipe
 ) -> Callable[[], list[ImageRead]]:
     """Waits for the images when called; they are read from `store`, or decoded and put there."""
     files = identity(raw, names, recipe) if store else b""
     found = store.load(place, files, len(names)) if store else None
     if found is not None:
         return lambda: found
-    future = pool.submit(_decode_chunk, str(raw), names, recipe)
+    begun = decoders.begin(raw, names, recipe)
 
     def result() -> list[ImageRead]:
-        decoded = future.result()
+        decoded = begun()
         if store:
             store.store(place, files, decoded)
         return decoded
@@ -114,8 +104,73 @@ def _begun(
     return result
 
 
-def _decode_chunk(raw: str, names: list[str], recipe: Recipe) -> list[ImageRead]:
-    return [read_image(Path(raw, name), recipe) for name in names]
+class Decoders:
+    """Processes on every core; one that a file ends is replaced, and the file is named.
+
+    They end with `close` and with their parent, however that ends.
+    """
+
+    def __init__(self) -> None:
+        self.processes = len(os.sched_getaffinity(0))
+        self.pool = _started(self.processes)
+        self.alone: ProcessPoolExecutor | None = None
+
+    def begin(self, raw: Path, names: list[str], recipe: Recipe) -> Callable[[], list[ImageRead]]:
+        """Begin to decode files; waits for them when called."""
+        arguments = str(raw), recipe, SECONDS_FOR_A_FILE
+        try:
+            future = self.pool.submit(_decode, names, *arguments)
+        except BrokenProcessPool:
+            self.pool.shutdown()
+            self.pool = _started(self.processes)
+            future = self.pool.submit(_decode, names, *arguments)
+
+        def result() -> list[ImageRead]:
+            try:
+                return future.result()
+            except BrokenProcessPool:  # which ends all that was begun, whoever was to blame
+                return [self._decode_alone(name, *arguments) for name in names]
+
+        return result
+
+    def _decode_alone(self, name: str, raw: str, recipe: Recipe, seconds: int) -> ImageRead:
+        if self.alone is None:
+            self.alone = _started(1)
+        try:
+            return self.alone.submit(_decode, [name], raw, recipe, seconds).result()[0]
+        except BrokenProcessPool:
+            self.alone.shutdown()
+            self.alone = None
+            return ImageRead(b"", f"ended its decoder, or took it more than {seconds} s or too much memory", "")
+
+    def close(self) -> None:
+        for pool in (self.pool, self.alone):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+
+def _started(processes: int) -> ProcessPoolExecutor:
+    """RuntimeError where not even a start succeeds, so that it is not put down to a file."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads that show progress
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process)
+    try:
+        pool.submit(os.getpid).result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "the processes that decode images do not start: memory is short, or they were started by a script that "
+            "does not guard what it runs by `if __name__ == '__main__':`"
+        ) from error
+    return pool
+
+
+def _decode(names: list[str], raw: str, recipe: Recipe, seconds: int) -> list[ImageRead]:
+    """In a process of its own: the kernel ends it with a file that takes longer than that."""
+    found = []
+    for name in names:
+        signal.alarm(seconds)
+        found.append(read_image(Path(raw, name), recipe))
+    signal.alarm(0)
+    return found
 
 
 def _prepare_process() -> None:

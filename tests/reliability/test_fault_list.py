@@ -146,7 +146,7 @@ def test_the_number_of_classes_is_that_of_the_data(
 
 
 def test_a_scale_below_one_ends_with_4(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """N3: gradients that overflow at any scale."""
+    """N3: where no overflow of this size is to be expected any more."""
     small = partial(torch.amp.GradScaler, init_scale=0.5)
     monkeypatch.setattr(train.torch.amp, "GradScaler", small)
     assert guarded(config(digits, tmp_path / "run", "--precision=fp16")) == 4
@@ -226,4 +226,5 @@ def test_a_clock_that_jumps_changes_nothing(digits: Path, tmp_path: Path, monkey
     assert records(tmp_path / "steady") == records(tmp_path / "jumping")
     summary = json.loads((tmp_path / "jumping" / "summary.json").read_text())
     assert summary["seconds"] > 0
-    assert os.listdir(tmp_path / "steady" / "checkpoints") == os.listdir(tmp_path / "jumping" / "checkpoints")
+    kept = [sorted(os.listdir(tmp_path / name / "checkpoints")) for name in ("steady", "jumping")]
+    assert kept[0] == kept[1]

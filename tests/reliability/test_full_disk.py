@@ -19,6 +19,7 @@ import pytest
 
 from semi_fast import manifest, runlog, train
 from semi_fast.checkpoint import TENSORS, newest, published
+from semi_fast.rundir import claimed
 from semi_fast.runlog import MetricsFile
 from semi_fast.train import guarded, run
 from tests.test_engine import records
@@ -169,3 +170,17 @@ def test_an_error_that_is_no_full_disk_is_not_called_one(tmp_path: Path) -> None
         runlog.writing(tmp_path / "x"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_lock_is_named_too(tmp_path: Path) -> None:
+    """The first file of a run."""
+
+    def child() -> None:
+        try:
+            with largest_file(0), claimed(tmp_path / "run"):
+                raise AssertionError("nothing may be done without it")
+        except RuntimeError as error:
+            print(error)
+
+    ended = forked(child, seconds=120)
+    assert ended.output == f"{tmp_path / 'run' / 'run.lock'} could not be written: File too large; disk full?\n"

@@ -229,7 +229,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         name = (checkpoint.TENSORS, checkpoint.META)[int(rng.integers(2))]
         for one, intact in intact_files.items():
             (saved / one).write_bytes(damaged(intact, rng) if one == name else intact)
-            document["files"][one]["sha256"] = file_sha256(saved / one)
+            document["files"][one] = {"bytes": (saved / one).stat().st_size, "sha256": file_sha256(saved / one)}
         return json.dumps(document).encode()
 
     intact_files = {name: (saved / name).read_bytes() for name in (checkpoint.TENSORS, checkpoint.META)}

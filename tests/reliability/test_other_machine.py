@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from semi_fast import runlog, train
-from semi_fast.train import run
+from semi_fast.cli import main
+from semi_fast.train import guarded, run
+from tests.libraries import needs
 from tests.tiny import config
 
 from .test_saved_entries import write_meta
@@ -59,7 +61,8 @@ def test_every_decisive_entry_is_named(
     here = HERE(train.torch.device("cpu"), "fp32", 1)
     others: dict[str, Any] = {
         "device": "cuda",
-        "hardware": "NVIDIA H200",
+        "processor": "NVIDIA H200",
+        "commit": "another",
         "operations": "Triton kernels",
         "processes": 2,
         "threads": 64,
@@ -85,7 +88,7 @@ def test_what_decides_nothing_is_not(
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     assert marks(run_dir) == (True, [])
-    resumed_at(6, digits, run_dir, command=["another"], commit="another", platform="another", precision="another")
+    resumed_at(6, digits, run_dir, command=["another"], hardware="8 cores", platform="another", precision="another")
     assert warnings(capsys) == []
     assert marks(run_dir) == (True, [])
 
@@ -136,3 +139,24 @@ def test_the_environments_before_are_a_flat_list_with_the_newest_last(
     assert [one["commit"] for one in before] == [first["commit"], "second", "third"]
     assert before[0] == first
     assert not any("before_resume" in one for one in before)
+
+
+def test_on_a_gpu_its_libraries_and_driver_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (me@here)\n"
+    (tmp_path / "version").write_text(told)
+    monkeypatch.setattr(runlog, "DRIVER", tmp_path / "version")
+    on_cpu, on_gpu = (runlog.versions(train.torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert on_gpu.keys() - on_cpu.keys() == {"cuda", "cudnn", "driver"}
+    assert on_gpu["driver"] == "570.124.06"
+
+
+def test_lossy_pixels_are_other_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The arrays of a data set and its JPEGs have the same digest of the data."""
+    needs("dali")
+    formats = ["--formats", "resident,dali", "--image-format", "jpeg", "--quality", "20"]
+    assert main(["prepare", "digits", "--out", str(tmp_path / "data"), *formats]) == 0
+    flags, run_dir = (*FLAGS, "--optim.steps=4", "--data.threads=1"), tmp_path / "run"
+    run(config(tmp_path / "data", run_dir, *flags, "--data.source=dali"))
+    assert guarded(config(tmp_path / "data", run_dir, *flags, "--data.source=resident", resume="auto")) == 2
+    assert "pixels_sha256 is" in capsys.readouterr().err
+    run(config(tmp_path / "data", run_dir, *flags, "--data.source=dali", resume="auto"))

@@ -46,6 +46,10 @@ def no_page() -> Iterator[None]:
         yield
 
 
+JOINT = ("--method.semi.unlabeled_prior=joint", "--method.semi.prior_momentum=0.9")
+"""A method with another state."""
+
+
 @pytest.fixture(scope="module")
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
@@ -53,7 +57,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def resumed_without(entry: str, digits: Path, run_dir: Path) -> Callable[[], int]:
+def resumed_without(entry: str, digits: Path, run_dir: Path, *flags: str) -> Callable[[], int]:
     """A run that goes on from a checkpoint, but has one tensor as a new run has it."""
 
     def child() -> int:
@@ -68,22 +72,31 @@ def resumed_without(entry: str, digits: Path, run_dir: Path) -> Callable[[], int
                     held[entry].copy_(fresh[entry])
 
         checkpoint.restore = forgetful
-        return guarded(config(digits, run_dir, "--checkpoint.every=0", resume="auto"))
+        return guarded(config(digits, run_dir, "--checkpoint.every=0", *flags, resume="auto"))
 
     return child
 
 
-def test_every_single_saved_tensor_is_needed(whole: Path, digits: Path, tmp_path: Path) -> None:
-    began, expected = time.monotonic(), checkpoint.load(whole / "checkpoints" / LAST).tensors
+@pytest.mark.parametrize(("name", "flags"), [("semi", ()), ("semi, joint prior", JOINT)])
+def test_every_single_saved_tensor_is_needed(
+    name: str, flags: tuple[str, ...], whole: Path, digits: Path, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    if flags:
+        whole = tmp_path / "whole"
+        run(config(digits, whole, "--checkpoint.every=6", *flags))
+    expected = checkpoint.load(whole / "checkpoints" / LAST).tensors
     names = sorted(name for name in expected if not NOT_NEEDED.fullmatch(name))
+    assert ("method.prior" in names) == bool(flags)
     order = np.random.default_rng(SEED).permutation(len(names))
     chosen = [names[i] for i in order[: amount(4, len(names))]]
+    chosen += [name for name in ("method.prior",) if name in names and name not in chosen]
     unnoticed = []
     for entry in ["", *chosen]:
         run_dir = tmp_path / "run"
         shutil.copytree(whole, run_dir)
         shutil.rmtree(run_dir / "checkpoints" / LAST)
-        ended = forked(resumed_without(entry, digits, run_dir), seconds=120)
+        ended = forked(resumed_without(entry, digits, run_dir, *flags), seconds=120)
         assert ended.code == 0, f"{entry}: {ended}"
         found = checkpoint.load(run_dir / "checkpoints" / LAST).tensors
         same = all(torch.equal(found[name], expected[name]) for name in expected) and records(run_dir) == records(whole)
@@ -93,7 +106,7 @@ def test_every_single_saved_tensor_is_needed(whole: Path, digits: Path, tmp_path
         elif same:
             unnoticed.append(entry)
     record(
-        "one tensor left out of a checkpoint",
+        f"one tensor left out of a checkpoint, {name}",
         made=len(chosen),
         failures=len(unnoticed),
         goal="every one, each noticed",
@@ -129,6 +142,7 @@ FRESH = {
     "scaler._growth_tracker": 0,
     "level": "graph: the whole step is one CUDA graph",  # a new run has the level that it runs at
     "data_sha256": "0" * 64,
+    "pixels_sha256": "0" * 64,
     "split_sha256": "0" * 64,
 }
 """What a new run has in their place, or, where that is the same, another one."""
@@ -238,7 +252,7 @@ def test_an_entry_that_is_missing_is_refused_in_one_line(long_on_its_way: Path, 
     from semi_fast.rundir import check_same_run
 
     saved = checkpoint.load(long_on_its_way / "checkpoints" / FIRST)
-    mine = {key: saved.meta[key] for key in ("config", "data_sha256", "split_sha256", "environment")}
+    mine = {key: saved.meta[key] for key in ("config", "data_sha256", "pixels_sha256", "split_sha256", "environment")}
     mine |= {"changed_on_resume": []}
     check_same_run(saved, mine)
     for key in [*saved.meta, *leaves({"config": saved.meta["config"]})]:
