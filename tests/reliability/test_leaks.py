@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -26,7 +27,7 @@ from tests.reliability.forked import forked
 
 CPU = torch.device("cpu")
 GROWTH_BYTES = 20 * 2**20
-WARM_EPOCHS = 20
+WARM_EPOCHS = 60
 """Until allocators, caches and compilers have what they keep."""
 LABELED_ROWS, UNLABELED_ROWS = 16, 112
 
@@ -46,9 +47,11 @@ def order(manifest: Manifest) -> Callable[[int], np.ndarray]:
 
 
 def held() -> tuple[int, int, int]:
-    """Threads, file descriptors and resident bytes of this process."""
+    """Threads, file descriptors, and resident bytes of this process that no file backs: after a fork the pages of
+    libraries become resident again as they are touched."""
     task, descriptors = (len(os.listdir(f"/proc/self/{name}")) for name in ("task", "fd"))
-    return task, descriptors, int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    (kibibytes,) = re.findall(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return task, descriptors, int(kibibytes) * 1024
 
 
 def settled() -> tuple[int, int, int]:
