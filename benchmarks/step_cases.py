@@ -30,7 +30,6 @@ from semi_fast.levels import Level, compile_obstacle
 from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
 from semi_fast.methods.base import Loss
 from semi_fast.processes import gather_rows, sums
-from semi_fast.schedule import cosine_7_16, ema_weight
 from semi_fast.schema.config import Config, check
 
 BLOCK = 4096  # images made at once
@@ -285,19 +284,15 @@ def parts(engine: Engine) -> dict[str, Callable[[], Any]]:
         s.scaler.scale(loss.total).backward()
         return loss, found
 
-    def optimizer() -> Loss:
+    def update() -> Tensor:
         loss, found = backward()
-        program.watch(loss.total, found)
-        s.optimizer.param_groups[0]["lr"].copy_(cosine_7_16(s.step, base=program.optim.lr, steps=program.optim.steps))
+        return program.bookkeeping(program.watched(loss.total, found), gather_rows(loss.pending) | sums(loss.totals))
+
+    def optimizer() -> None:
+        weight = update()
         s.scaler.step(s.optimizer)
         s.scaler.update()
-        s.average.update(ema_weight(s.step, decay=program.ema.decay, ramp=program.ema.ramp))
-        return loss
-
-    def update() -> None:
-        loss = optimizer()
-        program.method.update(s.method, gather_rows(loss.pending) | sums(loss.totals), s.step)
-        s.step.add_(1)
+        s.average.update(weight)
 
     found: dict[str, Callable[[], Any]] = {
         "rows": rows,
@@ -305,8 +300,8 @@ def parts(engine: Engine) -> dict[str, Callable[[], Any]]:
         "forward": lambda: program.forward(s.model, views()[1]),
         "loss": lambda: program.losses(*views()),
         "backward": backward,
-        "optimizer": optimizer,
         "update": update,
+        "optimizer": optimizer,
         "count": engine.work,
     }
     if program.losses != program.forward_and_loss:
@@ -314,7 +309,7 @@ def parts(engine: Engine) -> dict[str, Callable[[], Any]]:
     return found
 
 
-PARTS = ("rows", "views", "forward", "loss", "backward", "optimizer", "update", "count")
+PARTS = ("rows", "views", "forward", "loss", "backward", "update", "optimizer", "count")
 
 
 def part_works(engine: Engine, steps: int) -> dict[str, Work]:

@@ -19,9 +19,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, weight: Tensor) -> None:
-        """average += weight * (current - average), `weight` a scalar tensor; in place, without waiting."""
+        """average += weight * (current - average), in place; `weight` is a scalar tensor of their type. Never waits."""
         change = torch._foreach_sub(self.current, self.averaged)
-        torch._foreach_mul_(change, weight.to(change[0].dtype))
+        torch._foreach_mul_(change, weight)
         torch._foreach_add_(self.averaged, change)
         if self.buffers[0]:
             torch._foreach_copy_(*self.buffers)

@@ -23,7 +23,7 @@ from semi_fast.runlog import Clock, MetricsFile, Screen, changes
 from semi_fast.sampling import Batches, DeviceBatches
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
-from semi_fast.step import NEVER, TrainStep
+from semi_fast.step import NEVER, Compiler, TrainStep
 
 MOST_NOT_SAVED = 3
 """Checkpoints in a row that the disk may refuse before the run ends."""
@@ -70,6 +70,7 @@ class Engine:
         self.latest: dict[str, str] = {}  # what the last evaluation of each set said
         self.images = torch.empty(layout.images, *resolution, 3, dtype=torch.uint8, device=self.device)
         self.draws = DeviceBatches(batches, self.device)
+        self.sampling: Callable[[], tuple[Tensor, Tensor, Tensor]] = self.sample
         self.run: Callable[[], None] | None = None  # a step's device work at the level that was settled
         self.level: dict[str, Any] = {}
         self.start = 0  # the step that this process went on from
@@ -140,13 +141,25 @@ class Engine:
 
     def work(self) -> None:
         """A step on the device, from the state's step alone: rows in, one update, its scalars added to the interval."""
-        ids, visits = self.draws.share(self.program.state.step)
+        ids, visits, labels = self.sampling()
         self.source.read(ids, self.images)
-        rows = Rows(self.images, ids, visits, self.labels[ids[: self.layout.labeled]], self.layout)
-        report = self.program(rows)
+        report = self.program(Rows(self.images, ids, visits, labels, self.layout))
         pending = report.pending
         unlabeled = processes.gather_rows({"ids": ids[self.layout.labeled :]})["ids"]
         self.interval.add(report.values, unlabeled, pending.get("pseudo_label"), pending.get("mask"))
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Who comes in this step: ids and visits [B + U] of this process, labels of the labeled rows [B]."""
+        ids, visits = self.draws.share(self.program.state.step)
+        return ids, visits, self.labels[ids[: self.layout.labeled]]
+
+    def compile(self, compiled: Compiler) -> None:
+        """From the next call on run what `compiled` makes of the parts of a step and of an evaluation."""
+        self.sampling = compiled(self.sample)
+        self.program.compile(compiled)
+        self.interval.compile(compiled)
+        for evaluation in self.evaluations:
+            evaluation.run = compiled(evaluation.one_batch)
 
     def pause(self) -> None:
         """Wait for the device, so that what follows is not counted as training, or the reverse."""

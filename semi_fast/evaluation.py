@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +32,13 @@ class Evaluation:
         eval_set: EvalSet,
         predict: Callable[[Tensor], dict[str, Tensor]],
         *,
+        names: Iterable[str],
         classes: int,
         batch: int | None,
         rank: int,
     ):
-        """`predict` gives logits [n, C] by name, from uint8 images [n, H, W, 3]; `batch` images a forward, over all
-        processes, None for as many as suit the device."""
+        """`predict` gives logits [n, C] by these names, from uint8 images [n, H, W, 3]; `batch` images a forward, over
+        all processes, None for as many as suit the device."""
         self.name, self.set, self.predict = eval_set.name, eval_set, predict
         n, device = len(eval_set.labels), eval_set.labels.device
         share = -(-n // processes.count())
@@ -46,8 +47,7 @@ class Evaluation:
         self.batches = -(-share // self.size)
         self.at = torch.zeros((), dtype=torch.int64, device=device)
         self.index = torch.arange(self.size, device=device)
-        self.classes = classes
-        self.counts: dict[str, Tensor] = {}
+        self.counts = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in names}
         self.run: Callable[[], None] = self.one_batch
 
     @torch.no_grad()
@@ -57,8 +57,6 @@ class Evaluation:
         counted = index < self.end
         index = index.clamp_max(len(self.set.labels) - 1)
         for name, logits in self.predict(self.set.images[index]).items():
-            if name not in self.counts:
-                self.counts[name] = torch.zeros(self.classes, self.classes, dtype=torch.int64, device=index.device)
             add_pairs(self.counts[name], self.set.labels[index], logits.argmax(1), counted)
         self.at += self.size
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from semi_fast.capture import CaptureError, Graph, memory_pool, rehearse
 from semi_fast.evaluation import Evaluation
 from semi_fast.ops import door
 from semi_fast.schema.engine import EngineConfig
-from semi_fast.step import AUTOCAST, TrainStep
+from semi_fast.step import AUTOCAST, Compiler, TrainStep
 
 GIB = 2**30
 
@@ -105,6 +105,8 @@ class Steps(Protocol):
 
     def changed(self) -> Iterable[tuple[str, Tensor]]: ...
 
+    def compile(self, compiled: Compiler) -> None: ...
+
     def work(self) -> None: ...
 
 
@@ -129,7 +131,7 @@ def settle(steps: Steps, say: Callable[[str], None]) -> tuple[Callable[[], None]
                 other = "another method or model" if level.name == "eager" else "--engine.level=eager"
                 raise RuntimeError(f"engine.level={level.name} failed: {said(error)}; use {other}") from error
             say(f"engine: {level.name} failed ({said(error)}); trying the next level")
-            steps.program.stop_compiling()
+            steps.compile(lambda function: function)
     raise AssertionError("there is at least one level")
 
 
@@ -141,7 +143,7 @@ def prepared(steps: Steps, level: Level) -> Callable[[], None]:
         inductor.deterministic = level.deterministic
         # torch's cache of compiled code does not look into an operation's own gradient
         torch.compiler.config.cache_key_tag = f"semi_fast {sources_of_operations()}"
-        steps.program.compile(autotune=level.autotune)
+        steps.compile(compiler(level))
     parameters = sum(p.numel() for p in steps.program.state.model.parameters())
     if level.name == "eager" and processes.count() > 1 and parameters >= level.ddp_parameters:
         steps.program.overlap_exchange()
@@ -151,9 +153,21 @@ def prepared(steps: Steps, level: Level) -> Callable[[], None]:
     steps.program.state.optimizer.zero_grad(set_to_none=True)  # a graph has gradients of its own
     pool = memory_pool(steps.device)
     for evaluation in steps.evaluations:
-        rehearse(evaluation.one_batch, evaluation.changed, steps.device)
-        evaluation.run = Graph(evaluation.one_batch, pool) if level.captured else evaluation.one_batch
+        rehearse(evaluation.run, evaluation.changed, steps.device)
+        evaluation.run = Graph(evaluation.run, pool) if level.captured else evaluation.run
     return Graph(steps.work, pool) if level.captured else steps.work
+
+
+def inductor_options(level: Level) -> dict[str, Any]:
+    """How torch.compile makes code: small kernels that do not depend on one another as one."""
+    tuned = {"max_autotune": True, "coordinate_descent_tuning": True} if level.autotune else {}
+    return {"combo_kernels": True, "deterministic": level.deterministic, **tuned}
+
+
+def compiler(level: Level) -> Compiler:
+    """torch.compile of whole functions of fixed shapes."""
+    options = inductor_options(level)
+    return lambda function: torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Interval:
         self.seen = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # [truth, pseudo-label]
         self.used = torch.zeros_like(self.seen)
         self.rows = torch.zeros(2, dtype=torch.int64, device=device)  # unlabeled rows: masked in, all
+        self.count: Callable[..., None] = self.add_stacked
 
     def add(self, values: dict[str, Tensor], ids: Tensor, pseudo_label: Tensor | None, mask: Tensor | None) -> None:
         """One step: scalars by name, and for the whole batch of unlabeled images ids, pseudo-label and mask [U].
@@ -41,14 +42,22 @@ class Interval:
         """
         if not self.names:
             self.open(list(values), self.steps)
-        self.sums += torch.stack([value.detach().double() for value in values.values()])
+        self.count(torch.stack([value.detach() for value in values.values()]), ids, pseudo_label, mask)
+
+    def compile(self, compiled: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+        """From the next call on run what `compiled` makes of the sums."""
+        self.count = compiled(self.add_stacked)
+
+    def add_stacked(self, values: Tensor, ids: Tensor, pseudo_label: Tensor | None, mask: Tensor | None) -> None:
+        """`add` with the scalars in one vector, in the order of the names."""
+        self.sums += values.double()
         if pseudo_label is None or mask is None:
             return
         truth = self.truth[ids]
         known = truth >= 0
         add_pairs(self.seen, truth, pseudo_label, known)
         add_pairs(self.used, truth, pseudo_label, known & mask)
-        self.rows += torch.stack([mask.sum(), torch.full_like(mask.sum(), len(mask))])
+        self.rows += torch.stack([mask, torch.ones_like(mask)]).sum(1)
 
     def read(self) -> tuple[dict[str, float], dict[str, Any] | None]:
         """(means by name over steps and processes, fate of the pseudo-labels or None) since the last reset.

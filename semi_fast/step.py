@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from semi_fast.schema.model import EmaConfig, OptimConfig
 
 NEVER = torch.iinfo(torch.int64).max
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""A function in, one that does the same out."""
 
 
 @dataclass
@@ -101,7 +104,8 @@ class TrainStep:
         self.state, self.method, self.make_views = state, method, make_views
         self.optim, self.ema, self.precision = optim, ema, precision
         self.device = state.step.device.type
-        self.losses = self.forward_and_loss
+        self.lr: Tensor = state.optimizer.param_groups[0]["lr"]
+        self.losses, self.bookkeeping = self.forward_and_loss, self.account
         self.trained: nn.Module = state.model  # the model, or what exchanges its gradients as they are made
 
     def forward(self, model: nn.Module, views: Tensor) -> Outputs:
@@ -110,27 +114,25 @@ class TrainStep:
             return model(views)
 
     def forward_and_loss(self, rows: Rows, views: Tensor) -> tuple[Loss, list[Tensor]]:
-        """The part of a step that can be compiled: (loss, sums that are finite only if all outputs are)."""
+        """The part of a step before its backward: (loss, sums that are finite only if all outputs are)."""
         s = self.state
         outputs = self.forward(self.trained, views)
         loss = self.method.loss(s.method, rows, outputs, s.step)
-        return loss, [tensor.detach().sum() for tensor in (outputs.features, *outputs.logits.values())]
+        sums = [tensor.detach().sum() for tensor in (outputs.features, *outputs.logits.values())]
+        terms = {name: term.detach() for name, term in loss.terms.items()}  # or compiled code adds their zero gradients
+        return loss._replace(terms=terms), sums
 
-    def compile(self, *, autotune: bool) -> None:
-        """From the next call on let torch.compile make forward and loss, whole; the backward comes with them."""
-        mode = "max-autotune-no-cudagraphs" if autotune else "default"
-        self.losses = torch.compile(self.forward_and_loss, fullgraph=True, dynamic=False, mode=mode)
-
-    def stop_compiling(self) -> None:
-        """From the next call on dispatch every operation."""
-        self.losses = self.forward_and_loss
+    def compile(self, compiled: Compiler) -> None:
+        """From the next call on run what `compiled` makes of forward and loss, whose backward comes with them, and of
+        the bookkeeping."""
+        self.losses, self.bookkeeping = compiled(self.forward_and_loss), compiled(self.account)
 
     def overlap_exchange(self) -> None:
         """Exchange gradients in buckets while the backward goes on, not all at once behind it: for large models."""
         self.trained = DistributedDataParallel(self.state.model, broadcast_buffers=False, static_graph=True)
 
-    def watch(self, loss: Tensor, sums: list[Tensor]) -> None:
-        """Note the first step at which something is not finite.
+    def watched(self, loss: Tensor, sums: list[Tensor]) -> Tensor:
+        """Scalars that are finite only if the whole step is, in one vector.
 
         In fp16 a gradient may overflow: that update is skipped and the scale halved, which is noted only once the scale
         has fallen below 1, where no gradient of this size should overflow any more.
@@ -141,8 +143,18 @@ class TrainStep:
             parts.append(torch.where(s.scaler.scale(torch.ones_like(parts[0])) < 1, torch.inf, 0.0))
         else:
             parts += torch._foreach_norm([p.grad for p in s.model.parameters() if p.grad is not None])
-        finite = torch.stack(parts).isfinite().all()
-        s.bad_step.copy_(torch.where(finite, s.bad_step, torch.minimum(s.bad_step, s.step)))
+        return torch.stack(parts)
+
+    def account(self, watched: Tensor, pending: State) -> Tensor:
+        """All that follows the gradients and touches no weight: note the first step at which something is not finite,
+        set the learning rate, change the method's state, count the step. Returns the weight of the average."""
+        s = self.state
+        s.bad_step.copy_(torch.where(watched.isfinite().all(), s.bad_step, torch.minimum(s.bad_step, s.step)))
+        self.lr.copy_(cosine_7_16(s.step, base=self.optim.lr, steps=self.optim.steps))
+        weight = ema_weight(s.step, decay=self.ema.decay, ramp=self.ema.ramp).to(s.average.averaged[0].dtype)
+        self.method.update(s.method, pending, s.step)
+        s.step.add_(1)
+        return weight
 
     def __call__(self, rows: Rows) -> StepReport:
         s = self.state
@@ -152,15 +164,11 @@ class TrainStep:
         s.scaler.scale(loss.total).backward()
         if self.trained is s.model:
             processes.mean_gradients(s.model.parameters())
-        self.watch(loss.total, sums)
-        lr = s.optimizer.param_groups[0]["lr"]
-        lr.copy_(cosine_7_16(s.step, base=self.optim.lr, steps=self.optim.steps))
+        pending = processes.gather_rows(loss.pending) | processes.sums(loss.totals)
+        weight = self.bookkeeping(self.watched(loss.total, sums), pending)
         s.scaler.step(s.optimizer)
         s.scaler.update()
-        s.average.update(ema_weight(s.step, decay=self.ema.decay, ramp=self.ema.ramp))
+        s.average.update(weight)
 
-        pending = processes.gather_rows(loss.pending) | processes.sums(loss.totals)
-        self.method.update(s.method, pending, s.step)
-        s.step.add_(1)
         values = {"total": loss.total, **loss.terms, **{f"stat.{name}": value for name, value in loss.stats.items()}}
         return StepReport({name: value.detach() for name, value in values.items()}, pending)

@@ -152,7 +152,14 @@ def build(
         labels=labels.to(device),
         interval=Interval(truth.to(device), manifest.num_classes),
         evaluations=[
-            Evaluation(eval_set, predict, classes=manifest.num_classes, batch=config.eval.batch, rank=batches.rank)
+            Evaluation(
+                eval_set,
+                predict,
+                names={*method.needs.heads, method.predicts},
+                classes=manifest.num_classes,
+                batch=config.eval.batch,
+                rank=batches.rank,
+            )
             for eval_set in eval_sets(manifest, split, device, threads=threads)
         ],
         labeled_counts=split.labeled_counts,

@@ -175,7 +175,7 @@ def test_compiled_steps_are_traced_once_and_compute_the_same(
     eager = engine("--precision=fp64", *METHODS[method])
     torch._dynamo.reset()
     backend = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr("semi_fast.step.torch.compile", lambda f, *, mode, **options: backend(f, **options))
+    monkeypatch.setattr("semi_fast.levels.torch.compile", lambda f, *, options, **kept: backend(f, **kept))
     compiled = engine("--precision=fp64", "--engine.level=compile", *METHODS[method])
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(20):
@@ -197,7 +197,7 @@ def test_the_form_that_a_gpu_compiles_is_traced_whole(
     """The same with kernels in place of references, as opaque operations, in float32."""
     torch._dynamo.reset()
     backend = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr("semi_fast.step.torch.compile", lambda f, *, mode, **options: backend(f, **options))
+    monkeypatch.setattr("semi_fast.levels.torch.compile", lambda f, *, options, **kept: backend(f, **kept))
     with operations.as_on_a_gpu(), torch._dynamo.config.patch(error_on_recompile=True):
         eager = engine(*METHODS[method])
         compiled = engine("--engine.level=compile", *METHODS[method])

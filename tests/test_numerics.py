@@ -370,7 +370,7 @@ def test_weights_and_their_average_are_float32_in_every_precision(precision: str
             average.fill_(1.0)
             current.fill_(1.01)
     for t in range(5000):
-        s.average.update(ema_weight(torch.tensor(t), decay=0.999, ramp=False))
+        s.average.update(ema_weight(torch.tensor(t), decay=0.999, ramp=False).float())
     for average in s.average.model.parameters():
         expected = torch.full_like(average, 1.01 - 0.01 * 0.999**5000)
         torch.testing.assert_close(average, expected, rtol=0, atol=6e-5)  # each rounding of 6e-8 fades by 0.001 a step
@@ -426,7 +426,9 @@ def test_no_count_is_lost_beyond_float32() -> None:
 
     images = torch.zeros(3, 1, 1, 3, dtype=torch.uint8)
     predict = {"head": torch.eye(3)}
-    evaluation = Evaluation(EvalSet("test", images, torch.arange(3)), lambda _: predict, classes=3, batch=3, rank=0)
+    evaluation = Evaluation(
+        EvalSet("test", images, torch.arange(3)), lambda _: predict, names=predict, classes=3, batch=3, rank=0
+    )
     evaluation.confusions()
     evaluation.counts["head"][0, 0] = FIRST_LOST - 1
     evaluation.at.zero_()

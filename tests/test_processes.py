@@ -471,6 +471,7 @@ def test_evaluation_counts_every_image_once(images: int, count: int, batch: int)
             evaluation = Evaluation(
                 EvalSet("test", pixels, index),
                 lambda x: {"head": torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), images)},
+                names=("head",),
                 classes=images,
                 batch=batch,
                 rank=rank,

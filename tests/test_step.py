@@ -152,7 +152,9 @@ def engine(options: MethodConfig, device: torch.device) -> Engine:
         resolution=(32, 32),
         labels=labels,
         interval=Interval(labels, 10),
-        evaluations=[Evaluation(EvalSet("test", images, labels), predict, classes=10, batch=64, rank=0)],
+        evaluations=[
+            Evaluation(EvalSet("test", images, labels), predict, names=needs.heads, classes=10, batch=64, rank=0)
+        ],
         labeled_counts=COUNTS,
         levels=([], ""),
         metrics=None,

@@ -50,8 +50,9 @@ def has_compiled_views(device: torch.device) -> bool:
 
 
 def values_at_hand(device: torch.device) -> bool:
-    """Whether the host may look at values on `device` without waiting; elsewhere shapes must be fixed."""
-    return device.type == "cpu"
+    """Whether the host may look at values on `device` without waiting; elsewhere, and for a compiler, shapes must be
+    fixed."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def backend(device: torch.device) -> str:
