@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 
 from benchmarks import operations
 from semi_fast import levels, train
-from semi_fast.capture import rehearse
+from semi_fast.capture import WARM_UP, CaptureError, rehearse
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.engine import Engine
 from semi_fast.levels import Level, ladder
 from semi_fast.manifest import load_manifest, seal_split
 from semi_fast.ops import door
 from semi_fast.schema.engine import EngineConfig
+from semi_fast.step import TrainStep
 from semi_fast.train import guarded, run
 
 from . import tape
@@ -69,7 +70,7 @@ def test_a_level_that_cannot_be_is_refused_in_one_line(
 
 
 @pytest.fixture
-def engine(digits: Path, tmp_path: Path) -> Callable[..., Engine]:
+def engine(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
     """An engine of a small run, in memory."""
 
     def build(*flags: str) -> Engine:
@@ -77,9 +78,10 @@ def engine(digits: Path, tmp_path: Path) -> Callable[..., Engine]:
         manifest = load_manifest(digits)
         split = seal_split(split_for(manifest, "run", options.split))
         accelerator = Accelerator(cpu=True)
-        return train.build(options, manifest, split, accelerator, run_dir=tmp_path, meta={}, stack=ExitStack())
+        return train.build(options, manifest, split, accelerator, run_dir=tmp_path, meta={}, stack=stack)
 
-    return build
+    with ExitStack() as stack:
+        yield build
 
 
 def contents(engine: Engine) -> dict[str, torch.Tensor]:
@@ -101,6 +103,28 @@ def test_a_rehearsal_leaves_no_trace(engine: Callable[..., Engine], precision: s
             assert all(torch.equal(before[name], after[name]) for name in before if name not in later)
             steps.one_step(step)
         assert any(not torch.equal(before[name], tensor) for name, tensor in contents(steps).items())
+
+
+def test_a_rehearsal_reads_what_the_next_steps_read(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a run goes on at the end of a block of orders, too: else it would meet sample 0, which has no label."""
+    monkeypatch.setattr(TrainStep, "compile", lambda *_, **__: None)  # how is not the question
+    steps = engine("--engine.level=compile", "--split.rule=daso", "--split.seed=1")
+    assert steps.labels[0] == -1
+    labeled = steps.draws.streams[0]
+    last = labeled.table[0].numel() // labeled.rows - 1  # of the first block
+    steps.program.state.step.fill_(last)
+    read, seen = steps.source.read, []
+
+    def watched(ids: torch.Tensor, out: torch.Tensor) -> None:
+        seen.append(ids.tolist())
+        read(ids, out)
+
+    steps.source.read = watched  # type: ignore[method-assign]
+    steps.one_step(last)
+    wanted = (*range(last, last + WARM_UP), last)  # the rehearsal, then the step
+    assert seen == [steps.batches.share(step).ids.tolist() for step in wanted]
 
 
 def test_a_rehearsal_restores_after_a_failure_too(engine: Callable[..., Engine]) -> None:
