@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,8 @@ from semi_fast.schema.engine import EngineConfig
 from semi_fast.step import AUTOCAST, TrainStep
 
 GIB = 2**30
+NO_MEMORY = re.compile(r"(?i)\bout of memory\b|STATUS_(ALLOC_FAILED|INTERNAL_ERROR_\w*ALLOCATION_FAILED)")
+"""What drivers, cuBLAS, cuDNN and Triton say; torch raises them as plain RuntimeErrors."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,12 @@ def settle(steps: Steps, say: Callable[[str], None]) -> tuple[Callable[[], None]
             return prepared(steps, level), level
         except ValueError:
             raise
-        except CaptureError as error:
-            raise RuntimeError(f"the step could not be captured: {said(error)}; use --engine.level=compile") from error
         except Exception as error:  # compilers raise what they like
             if memory := out_of_memory(error):
                 raise RuntimeError(too_large(steps, memory)) from error
+            if isinstance(error, CaptureError):
+                line = f"the step could not be captured: {said(error)}; use --engine.level=compile"
+                raise RuntimeError(line) from error
             if level is steps.levels[-1] or processes.count() > 1:
                 other = "another method or model" if level.name == "eager" else "--engine.level=eager"
                 raise RuntimeError(f"engine.level={level.name} failed: {said(error)}; use {other}") from error
@@ -163,14 +168,17 @@ def sources_of_operations() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
-    """What was raised, or what led to it, if memory was short."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """What was raised, or the first thing that led to it, if memory was short: to torch, or to a library."""
+    found = None
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
+            found = error
         error = error.__cause__ or error.__context__
-    return error
+    return found
 
 
-def too_large(steps: Steps, error: torch.OutOfMemoryError) -> str:
+def too_large(steps: Steps, error: BaseException) -> str:
     """What did not fit, how much there is, and what to change."""
     free, total = (n / GIB for n in torch.cuda.mem_get_info(steps.device))
     peak = torch.cuda.max_memory_allocated(steps.device) / GIB

@@ -361,3 +361,35 @@ def test_a_memory_that_is_too_small_is_said_with_numbers_and_flags(
         "semi-fast: out of memory at the first step: CUDA out of memory. Tried to allocate 2.00 GiB. This run had "
         "taken 135.0 GiB, 3.0 of 140.0 GiB are free; lower --batch.labeled or --eval.batch, or use --precision=bf16"
     )
+SHORT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+)
+
+
+@pytest.mark.parametrize("cause", SHORT_OF_MEMORY, ids=str)
+def test_memory_is_named_before_the_level_that_met_its_end(
+    cause: Exception, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A capture, whose end raises an error of its own; libraries, which have allocators of their own."""
+    ended = RuntimeError("operation failed due to a previous error during capture")
+    ended.__context__ = cause
+    failed = CaptureError(f"{type(cause).__name__}: {cause}")
+    failed.__cause__ = ended
+    failing_levels(monkeypatch, failed)
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    assert guarded(config(digits, tmp_path / "run")) == 3
+    assert capsys.readouterr().err.startswith(f"semi-fast: out of memory at the first step: {cause}")
+
+
+def test_what_is_no_lack_of_memory_is_not_taken_for_one() -> None:
+    for text in ("out of resource: shared memory", "CUDNN_STATUS_NOT_SUPPORTED", "an illegal memory access"):
+        assert levels.out_of_memory(RuntimeError(text)) is None
+
+
