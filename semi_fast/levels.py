@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -141,12 +141,7 @@ def settle(steps: Steps, say: Callable[[str], None]) -> tuple[Callable[[], None]
 def prepared(steps: Steps, level: Level) -> Callable[[], None]:
     """A step's work at this level, tried out where that can fail, without a trace; evaluation as far as captured."""
     if level.compiled:
-        from torch._inductor import config as inductor
-
-        inductor.deterministic = level.deterministic
-        # torch's cache of compiled code does not look into an operation's own gradient
-        torch.compiler.config.cache_key_tag = f"semi_fast {sources_of_operations()}"
-        steps.program.compile(autotune=level.autotune)
+        steps.program.compile(autotune=level.autotune, deterministic=level.deterministic)
     parameters = sum(p.numel() for p in steps.program.state.model.parameters())
     if level.name == "eager" and processes.count() > 1 and parameters >= level.ddp_parameters:
         steps.program.overlap_exchange()
@@ -159,6 +154,26 @@ def prepared(steps: Steps, level: Level) -> Callable[[], None]:
         rehearse(evaluation.one_batch, evaluation.changed, steps.device)
         evaluation.run = Graph(evaluation.one_batch, pool) if level.captured else evaluation.one_batch
     return Graph(steps.work, pool) if level.captured else steps.work
+
+
+@contextmanager
+def switches(options: EngineConfig, device: torch.device) -> Iterator[None]:
+    """torch's switches as a run needs them, later compilations too; afterwards as they were, also on a failure."""
+    # torch's cache of compiled code does not look into an operation's own gradient
+    wanted: list[tuple[Any, str, Any]] = [
+        (torch.compiler.config, "cache_key_tag", f"semi_fast {sources_of_operations()}")
+    ]
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            cudnn = torch.backends.cudnn
+            wanted.append((cudnn, "benchmark", not options.deterministic))  # shapes are fixed
+            wanted.append((cudnn, "deterministic", options.deterministic))
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high")
+        for owner, name, value in wanted:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
 
 
 @cache

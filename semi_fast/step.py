@@ -116,10 +116,15 @@ class TrainStep:
         loss = self.method.loss(s.method, rows, outputs, s.step)
         return loss, [tensor.detach().sum() for tensor in (outputs.features, *outputs.logits.values())]
 
-    def compile(self, *, autotune: bool) -> None:
-        """From the next call on let torch.compile make forward and loss, whole; the backward comes with them."""
+    def compile(self, *, autotune: bool, deterministic: bool) -> None:
+        """From the next call on let torch.compile make forward and loss, whole; the backward comes with them.
+
+        Inductor's own switches would hold for what the process does next, and on a GPU not for the backward: they are
+        a thread's, and autograd has it compiled in one of its own.
+        """
         mode = "max-autotune-no-cudagraphs" if autotune else "default"
-        self.losses = torch.compile(self.forward_and_loss, fullgraph=True, dynamic=False, mode=mode)
+        options = {**torch._inductor.list_mode_options(mode), "deterministic": deterministic}
+        self.losses = torch.compile(self.forward_and_loss, fullgraph=True, dynamic=False, options=options)
 
     def stop_compiling(self) -> None:
         """From the next call on dispatch every operation."""

@@ -199,7 +199,7 @@ def test_compiled_steps_are_traced_once_and_compute_the_same(
     eager = engine("--precision=fp64", *METHODS[method])
     torch._dynamo.reset()
     backend = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr("semi_fast.step.torch.compile", lambda f, *, mode, **options: backend(f, **options))
+    monkeypatch.setattr("semi_fast.step.torch.compile", lambda f, *, options, **others: backend(f, **others))
     compiled = engine("--precision=fp64", "--engine.level=compile", *METHODS[method])
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(20):
@@ -221,7 +221,7 @@ def test_the_form_that_a_gpu_compiles_is_traced_whole(
     """The same with kernels in place of references, as opaque operations, in float32."""
     torch._dynamo.reset()
     backend = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr("semi_fast.step.torch.compile", lambda f, *, mode, **options: backend(f, **options))
+    monkeypatch.setattr("semi_fast.step.torch.compile", lambda f, *, options, **others: backend(f, **others))
     with operations.as_on_a_gpu(), torch._dynamo.config.patch(error_on_recompile=True):
         eager = engine(*METHODS[method])
         compiled = engine("--engine.level=compile", *METHODS[method])
@@ -244,6 +244,54 @@ def test_inductor_trains_as_eager_does(digits: Path, tmp_path: Path) -> None:
     for one, other in zip(ours, theirs, strict=True):
         if one["kind"] == "train":
             assert other["terms"] == pytest.approx(one["terms"], rel=1e-4)
+
+
+def switches_of_torch() -> list[object]:
+    cudnn = torch.backends.cudnn
+    tag = torch.compiler.config.cache_key_tag
+    return [tag, torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.deterministic]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_torch_is_left_as_it_was(deterministic: bool) -> None:
+    """After a failure too; while the run lasts, what it compiles later finds the switches as the first step did."""
+    before = switches_of_torch()
+
+    def fails() -> None:
+        with levels.switches(EngineConfig(deterministic=deterministic), CUDA):
+            tag = f"semi_fast {levels.sources_of_operations()}"
+            assert switches_of_torch() == [tag, "high", not deterministic, deterministic]
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fails()
+    assert switches_of_torch() == before
+
+
+def test_a_run_leaves_torch_as_it_was_and_tells_the_compiler_of_its_own_code_alone(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's switches are a thread's, and on a GPU another one compiles the backward: they come as options."""
+    from torch._inductor import config as inductor
+
+    told: list[dict[str, object]] = []
+
+    def compile(f: Callable[..., Any], *, options: dict[str, object], **_: object) -> Callable[..., Any]:
+        told.append(options)
+        assert torch.compiler.config.cache_key_tag.startswith("semi_fast ")
+        return f
+
+    monkeypatch.setattr("semi_fast.step.torch.compile", compile)
+    before = switches_of_torch()
+    flags = ("--engine.level=compile", "--optim.steps=2", "--eval.every=2", "--method.name=supervised")
+    run(config(digits, tmp_path / "a", "--engine.deterministic=true", *flags))
+    run(config(digits, tmp_path / "b", "--engine.autotune=true", *flags))
+    assert told == [
+        {"deterministic": True},
+        {"deterministic": False, "max_autotune": True, "coordinate_descent_tuning": True},
+    ]
+    assert switches_of_torch() == before
+    assert not inductor.deterministic
 
 
 def failing_levels(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -326,6 +374,38 @@ def test_a_capture_that_fails_ends_the_run_with_its_cause(
     )
 
 
+SHORT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+)
+
+
+@pytest.mark.parametrize("cause", SHORT_OF_MEMORY, ids=str)
+def test_memory_is_named_before_the_level_that_met_its_end(
+    cause: Exception, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A capture, whose end raises an error of its own; libraries, which have allocators of their own."""
+    ended = RuntimeError("operation failed due to a previous error during capture")
+    ended.__context__ = cause
+    failed = CaptureError(f"{type(cause).__name__}: {cause}")
+    failed.__cause__ = ended
+    failing_levels(monkeypatch, failed)
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    assert guarded(config(digits, tmp_path / "run")) == 3
+    assert capsys.readouterr().err.startswith(f"semi-fast: out of memory at the first step: {cause}")
+
+
+def test_what_is_no_lack_of_memory_is_not_taken_for_one() -> None:
+    for text in ("out of resource: shared memory", "CUDNN_STATUS_NOT_SUPPORTED", "an illegal memory access"):
+        assert levels.out_of_memory(RuntimeError(text)) is None
+
+
 def test_a_run_that_goes_on_at_another_level_says_so(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,35 +441,3 @@ def test_a_memory_that_is_too_small_is_said_with_numbers_and_flags(
         "semi-fast: out of memory at the first step: CUDA out of memory. Tried to allocate 2.00 GiB. This run had "
         "taken 135.0 GiB, 3.0 of 140.0 GiB are free; lower --batch.labeled or --eval.batch, or use --precision=bf16"
     )
-SHORT_OF_MEMORY = (
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-    RuntimeError("Triton Error [CUDA]: out of memory"),
-)
-
-
-@pytest.mark.parametrize("cause", SHORT_OF_MEMORY, ids=str)
-def test_memory_is_named_before_the_level_that_met_its_end(
-    cause: Exception, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A capture, whose end raises an error of its own; libraries, which have allocators of their own."""
-    ended = RuntimeError("operation failed due to a previous error during capture")
-    ended.__context__ = cause
-    failed = CaptureError(f"{type(cause).__name__}: {cause}")
-    failed.__cause__ = ended
-    failing_levels(monkeypatch, failed)
-    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**30))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
-    assert guarded(config(digits, tmp_path / "run")) == 3
-    assert capsys.readouterr().err.startswith(f"semi-fast: out of memory at the first step: {cause}")
-
-
-def test_what_is_no_lack_of_memory_is_not_taken_for_one() -> None:
-    for text in ("out of resource: shared memory", "CUDNN_STATUS_NOT_SUPPORTED", "an illegal memory access"):
-        assert levels.out_of_memory(RuntimeError(text)) is None
-
-
