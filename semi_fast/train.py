@@ -32,6 +32,7 @@ from semi_fast.methods import Environment, Method, make_method
 from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.models.sync_batch_norm import synchronise_batch_norm
+from semi_fast.ops.door import numbered
 from semi_fast.philox import ORDER_LABELED
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
@@ -112,7 +113,7 @@ def build(
     stack: ExitStack,
 ) -> Engine:
     """Every part of the run, in memory; nothing is written. `stack` ends what must be ended."""
-    device, precision, main = accelerator.device, config.precision, accelerator.is_main_process
+    device, precision, main = numbered(accelerator.device), config.precision, accelerator.is_main_process
     stack.enter_context(switches(config.engine, device))
     method = make_method(config.method, steps=config.optim.steps, seed=config.seed)
     layout, batches = divided(config, split, method.needs, accelerator)
