@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -126,6 +127,25 @@ def test_a_gpu_has_its_number_from_the_start_of_a_run(digits: Path, monkeypatch:
     assert set_to == [0]
     with pytest.raises(ValueError, match="specified index"):
         torch.cuda.set_device(nameless)
+
+
+def test_the_buffers_of_a_decoder_are_its_own_when_it_first_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is new to the thread's stream alone: work that is queued may still use what was there before."""
+    for name in ("Event", "Stream", "stream", "set_device", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+    class Decoder(Broken):
+        def fetch_into(self, step: int, out: torch.Tensor) -> None:
+            streams.wait_stream.assert_called_once_with(torch.cuda.current_stream.return_value)  # type: ignore[attr-defined]
+            out.fill_(step)
+
+    opened = HostSource(Decoder(), torch.device("cuda:0"), "on a GPU", on_device=True)
+    streams: Any = opened.stream
+    out = torch.empty(2, 4, 4, 3, dtype=torch.uint8)
+    for step in range(3):
+        opened.fetch(step, out)
+        assert out.eq(step).all()
+    opened.close()
 
 
 def test_rows_that_do_not_come_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
