@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from benchmarks import operations
 from semi_fast import levels, train
-from semi_fast.capture import WARM_UP, CaptureError, rehearse
+from semi_fast.capture import WARM_UP, CaptureError, on_side_stream, rehearse
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.engine import Engine
 from semi_fast.levels import Level, ladder
@@ -125,6 +126,20 @@ def test_a_rehearsal_reads_what_the_next_steps_read(
     steps.one_step(last)
     wanted = (*range(last, last + WARM_UP), last)  # the rehearsal, then the step
     assert seen == [steps.batches.share(step).ids.tolist() for step in wanted]
+
+
+def test_a_rehearsal_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps it for the stream of the rehearsal, on which nothing runs again."""
+    done = MagicMock()
+    for name in ("current_stream", "Stream", "stream", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, getattr(done, name))
+    done.stream.return_value.__exit__.return_value = None
+    on_side_stream(done.work, CUDA, 2)
+    assert [call[0] for call in done.mock_calls if call[0] in ("work", "empty_cache")] == [
+        "work",
+        "work",
+        "empty_cache",
+    ]
 
 
 def test_a_rehearsal_restores_after_a_failure_too(engine: Callable[..., Engine]) -> None:
