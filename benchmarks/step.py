@@ -255,7 +255,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if min(arguments.repeats, arguments.labeled, arguments.steps or 1) < 1:
         parser.error("--repeats, --labeled and --steps must be at least 1")
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda:0" if cuda else "cpu")
     torch.set_num_threads(1)
     try:
         precisions = chosen(arguments.precision, ("bf16", "fp16", "fp32"), ())

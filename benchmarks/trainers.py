@@ -109,7 +109,7 @@ def settings(data: Path, flags: Sequence[str], workers: int | None) -> Setting:
     manifest = load_manifest(data)
     split = seal_split(split_for(manifest, "run", config.split))
     workers = (4 if cuda else 0) if workers is None else workers
-    return Setting(config, manifest, split, torch.device("cuda" if cuda else "cpu"), workers)
+    return Setting(config, manifest, split, torch.device("cuda:0" if cuda else "cpu"), workers)
 
 
 class Seconds(NamedTuple):

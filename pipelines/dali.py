@@ -188,8 +188,7 @@ def _pipeline(shards: Shards, rows: int, threads: int, device: torch.device, *, 
     """
     dali = _dali()
     cuda = device.type == "cuda"
-    index = torch.cuda.current_device() if cuda and device.index is None else device.index
-    pipeline = dali.Pipeline(rows, threads, index if cuda else None, prefetch_queue_depth=depth)
+    pipeline = dali.Pipeline(rows, threads, device.index if cuda else None, prefetch_queue_depth=depth)
     with pipeline:
         images = dali.fn.external_source(name=INPUT, batch=True, dtype=dali.types.UINT8, ndim=3 if shards.raw else 1)
         if not shards.raw:

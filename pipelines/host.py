@@ -78,6 +78,8 @@ class HostSource:
             here = out.device if self.on_device else torch.device("cpu")
             pinned = not self.on_device
             self.staged = [torch.empty(out.shape, dtype=out.dtype, device=here, pin_memory=pinned) for _ in range(2)]
+            if self.on_device and self.stream is not None:  # queued work may still use what was in this memory before
+                self.stream.wait_stream(torch.cuda.current_stream(out.device))
 
     def load(self, step: int) -> Tensor:
         """The rows of `step`, ready to be copied; in the thread."""

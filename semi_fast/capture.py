@@ -46,6 +46,7 @@ def on_side_stream(work: Callable[[], None], device: torch.device, times: int) -
                 work()
     finally:
         here.wait_stream(side)  # what failed may have been half done
+    torch.cuda.empty_cache()  # torch keeps memory for the stream that used it, and this one is not used again
 
 
 class CaptureError(RuntimeError):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from semi_fast import checkpoint, processes
 from semi_fast.batch import RowLayout, Rows
-from semi_fast.capture import Graph
+from semi_fast.capture import WARM_UP, Graph
 from semi_fast.errors import NonFiniteError
 from semi_fast.evaluation import Evaluation
 from semi_fast.levels import Level, settle
@@ -118,6 +118,9 @@ class Engine:
     def settle(self) -> Callable[[], None]:
         """Bring the work to its level, now that the first rows are there; no time of training."""
         began = time.monotonic()
+        first = int(self.program.state.step.item())  # a wait before the first step, and no other
+        for step in range(first, first + WARM_UP):  # what a rehearsal reads
+            self.draws.renew(step)
         self.run, level = settle(self, self.screen.line)
         seconds = round(time.monotonic() - began, 3)
         self.level = {"level": level.name, "compiled": level.compiled, "seconds": seconds}

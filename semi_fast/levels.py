@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,8 @@ from semi_fast.schema.engine import EngineConfig
 from semi_fast.step import AUTOCAST, Compiler, TrainStep
 
 GIB = 2**30
+NO_MEMORY = re.compile(r"(?i)\bout of memory\b|STATUS_(ALLOC_FAILED|INTERNAL_ERROR_\w*ALLOCATION_FAILED)")
+"""What drivers, cuBLAS, cuDNN and Triton say; torch raises them as plain RuntimeErrors."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,12 @@ def settle(steps: Steps, say: Callable[[str], None]) -> tuple[Callable[[], None]
             return prepared(steps, level), level
         except ValueError:
             raise
-        except CaptureError as error:
-            raise RuntimeError(f"the step could not be captured: {said(error)}; use --engine.level=compile") from error
         except Exception as error:  # compilers raise what they like
             if memory := out_of_memory(error):
                 raise RuntimeError(too_large(steps, memory)) from error
+            if isinstance(error, CaptureError):
+                line = f"the step could not be captured: {said(error)}; use --engine.level=compile"
+                raise RuntimeError(line) from error
             if level is steps.levels[-1] or processes.count() > 1:
                 other = "another method or model" if level.name == "eager" else "--engine.level=eager"
                 raise RuntimeError(f"engine.level={level.name} failed: {said(error)}; use {other}") from error
@@ -138,11 +143,6 @@ def settle(steps: Steps, say: Callable[[str], None]) -> tuple[Callable[[], None]
 def prepared(steps: Steps, level: Level) -> Callable[[], None]:
     """A step's work at this level, tried out where that can fail, without a trace; evaluation as far as captured."""
     if level.compiled:
-        from torch._inductor import config as inductor
-
-        inductor.deterministic = level.deterministic
-        # torch's cache of compiled code does not look into an operation's own gradient
-        torch.compiler.config.cache_key_tag = f"semi_fast {sources_of_operations()}"
         steps.compile(compiler(level))
     parameters = sum(p.numel() for p in steps.program.state.model.parameters())
     if level.name == "eager" and processes.count() > 1 and parameters >= level.ddp_parameters:
@@ -159,7 +159,11 @@ def prepared(steps: Steps, level: Level) -> Callable[[], None]:
 
 
 def inductor_options(level: Level) -> dict[str, Any]:
-    """How torch.compile makes code: small kernels that do not depend on one another as one."""
+    """How torch.compile makes code, small kernels that do not depend on one another as one.
+
+    As Inductor's own switches they would hold for what the process does next, and on a GPU not for the backward: they
+    are a thread's, and autograd has it compiled in one of its own.
+    """
     tuned = {"max_autotune": True, "coordinate_descent_tuning": True} if level.autotune else {}
     return {"combo_kernels": True, "deterministic": level.deterministic, **tuned}
 
@@ -170,6 +174,26 @@ def compiler(level: Level) -> Compiler:
     return lambda function: torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
+@contextmanager
+def switches(options: EngineConfig, device: torch.device) -> Iterator[None]:
+    """torch's switches as a run needs them, later compilations too; afterwards as they were, also on a failure."""
+    # torch's cache of compiled code does not look into an operation's own gradient
+    wanted: list[tuple[Any, str, Any]] = [
+        (torch.compiler.config, "cache_key_tag", f"semi_fast {sources_of_operations()}")
+    ]
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            cudnn = torch.backends.cudnn
+            wanted.append((cudnn, "benchmark", not options.deterministic))  # shapes are fixed
+            wanted.append((cudnn, "deterministic", options.deterministic))
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high")
+        for owner, name, value in wanted:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
 @cache
 def sources_of_operations() -> str:
     """A digest of the files under `ops`."""
@@ -177,14 +201,17 @@ def sources_of_operations() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
-    """What was raised, or what led to it, if memory was short."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """What was raised, or the first thing that led to it, if memory was short: to torch, or to a library."""
+    found = None
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
+            found = error
         error = error.__cause__ or error.__context__
-    return error
+    return found
 
 
-def too_large(steps: Steps, error: torch.OutOfMemoryError) -> str:
+def too_large(steps: Steps, error: BaseException) -> str:
     """What did not fit, how much there is, and what to change."""
     free, total = (n / GIB for n in torch.cuda.mem_get_info(steps.device))
     peak = torch.cuda.max_memory_allocated(steps.device) / GIB

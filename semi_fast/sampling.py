@@ -93,7 +93,7 @@ class DeviceStream:
         self.ids = torch.from_numpy(stream.ids).to(device)
         self.mine = torch.arange(share.start, share.stop, device=device)
         self.visits = -(-STEPS_AT_ONCE * rows // len(self.ids))  # in each of two blocks, used in turn
-        self.table = torch.zeros(2, self.visits, len(self.ids), dtype=torch.int64, device=device)
+        self.table = self.ids.repeat(2, self.visits, 1)  # samples of the stream, whoever reads ahead of `renew`
         self.held = [-1, -1]
 
     def renew(self, step: int) -> None:

@@ -26,12 +26,13 @@ from semi_fast.ema import WeightAverage
 from semi_fast.engine import Engine
 from semi_fast.errors import EXPECTED, NonFiniteError, exit_code, one_line
 from semi_fast.evaluation import EvalSet, Evaluation
-from semi_fast.levels import ladder
+from semi_fast.levels import ladder, switches
 from semi_fast.manifest import Manifest, Split, load_manifest, save_split, seal_split
 from semi_fast.methods import Environment, Method, make_method
 from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.models.sync_batch_norm import synchronise_batch_norm
+from semi_fast.ops.door import numbered
 from semi_fast.philox import ORDER_LABELED
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
@@ -112,10 +113,11 @@ def build(
     stack: ExitStack,
 ) -> Engine:
     """Every part of the run, in memory; nothing is written. `stack` ends what must be ended."""
-    device, precision, main = accelerator.device, config.precision, accelerator.is_main_process
+    device, precision, main = numbered(accelerator.device), config.precision, accelerator.is_main_process
+    stack.enter_context(switches(config.engine, device))
     method = make_method(config.method, steps=config.optim.steps, seed=config.seed)
     layout, batches = divided(config, split, method.needs, accelerator)
-    state = make_state(config, method, manifest, split, accelerator)
+    state = make_state(config, method, manifest, split, accelerator, device=device)
     augmenter = Augmenter(
         config.augment,
         seed=config.seed,
@@ -175,15 +177,10 @@ def build(
 
 
 def make_state(
-    config: Config, method: Method, manifest: Manifest, split: Split, accelerator: Accelerator
+    config: Config, method: Method, manifest: Manifest, split: Split, accelerator: Accelerator, *, device: torch.device
 ) -> TrainState:
     """Network, average, optimizer and method state at step 0; the same on all processes."""
-    device = accelerator.device
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = not config.engine.deterministic  # shapes are fixed
-        torch.backends.cudnn.deterministic = config.engine.deterministic
     torch.manual_seed(config.seed)
     model = make_classifier(config.model, manifest.num_classes, method.needs.heads, manifest.resolution)
     model = model.to(device=device, dtype=dtype).to(memory_format=memory_format(config))  # type: ignore[call-overload]

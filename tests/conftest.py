@@ -14,7 +14,7 @@ import torch
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

@@ -50,6 +50,12 @@ def test_kernels_need_cuda_and_a_recent_triton(monkeypatch: pytest.MonkeyPatch) 
     assert door.backend(CPU) == f"{said}; views not compiled: it is in the way"
 
 
+def test_a_gpu_without_a_number_gets_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    given = CUDA, torch.device("cuda:1"), CPU
+    assert [str(door.numbered(device)) for device in given] == ["cuda:3", "cuda:1", "cpu"]
+
+
 def test_views_on_a_cpu_are_compiled_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, obstacle in (
         (numba(disabled=0), ""),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from safetensors.torch import load_file
 
 from benchmarks import operations
 from semi_fast import levels, train
-from semi_fast.capture import rehearse
+from semi_fast.capture import WARM_UP, CaptureError, on_side_stream, rehearse
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.engine import Engine
 from semi_fast.levels import Level, ladder
 from semi_fast.manifest import load_manifest, seal_split
 from semi_fast.ops import door
 from semi_fast.schema.engine import EngineConfig
+from semi_fast.step import TrainStep
 from semi_fast.train import guarded, run
 
 from . import tape
@@ -69,7 +71,7 @@ def test_a_level_that_cannot_be_is_refused_in_one_line(
 
 
 @pytest.fixture
-def engine(digits: Path, tmp_path: Path) -> Callable[..., Engine]:
+def engine(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
     """An engine of a small run, in memory."""
 
     def build(*flags: str) -> Engine:
@@ -77,9 +79,10 @@ def engine(digits: Path, tmp_path: Path) -> Callable[..., Engine]:
         manifest = load_manifest(digits)
         split = seal_split(split_for(manifest, "run", options.split))
         accelerator = Accelerator(cpu=True)
-        return train.build(options, manifest, split, accelerator, run_dir=tmp_path, meta={}, stack=ExitStack())
+        return train.build(options, manifest, split, accelerator, run_dir=tmp_path, meta={}, stack=stack)
 
-    return build
+    with ExitStack() as stack:
+        yield build
 
 
 def contents(engine: Engine) -> dict[str, torch.Tensor]:
@@ -101,6 +104,42 @@ def test_a_rehearsal_leaves_no_trace(engine: Callable[..., Engine], precision: s
             assert all(torch.equal(before[name], after[name]) for name in before if name not in later)
             steps.one_step(step)
         assert any(not torch.equal(before[name], tensor) for name, tensor in contents(steps).items())
+
+
+def test_a_rehearsal_reads_what_the_next_steps_read(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a run goes on at the end of a block of orders, too: else it would meet sample 0, which has no label."""
+    monkeypatch.setattr(TrainStep, "compile", lambda *_, **__: None)  # how is not the question
+    steps = engine("--engine.level=compile", "--split.rule=daso", "--split.seed=1")
+    assert steps.labels[0] == -1
+    labeled = steps.draws.streams[0]
+    last = labeled.table[0].numel() // labeled.rows - 1  # of the first block
+    steps.program.state.step.fill_(last)
+    read, seen = steps.source.read, []
+
+    def watched(ids: torch.Tensor, out: torch.Tensor) -> None:
+        seen.append(ids.tolist())
+        read(ids, out)
+
+    steps.source.read = watched  # type: ignore[method-assign]
+    steps.one_step(last)
+    wanted = (*range(last, last + WARM_UP), last)  # the rehearsal, then the step
+    assert seen == [steps.batches.share(step).ids.tolist() for step in wanted]
+
+
+def test_a_rehearsal_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps it for the stream of the rehearsal, on which nothing runs again."""
+    done = MagicMock()
+    for name in ("current_stream", "Stream", "stream", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, getattr(done, name))
+    done.stream.return_value.__exit__.return_value = None
+    on_side_stream(done.work, CUDA, 2)
+    assert [call[0] for call in done.mock_calls if call[0] in ("work", "empty_cache")] == [
+        "work",
+        "work",
+        "empty_cache",
+    ]
 
 
 def test_a_rehearsal_restores_after_a_failure_too(engine: Callable[..., Engine]) -> None:
@@ -222,6 +261,54 @@ def test_inductor_trains_as_eager_does(digits: Path, tmp_path: Path) -> None:
             assert other["terms"] == pytest.approx(one["terms"], rel=1e-4)
 
 
+def switches_of_torch() -> list[object]:
+    cudnn = torch.backends.cudnn
+    tag = torch.compiler.config.cache_key_tag
+    return [tag, torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.deterministic]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_torch_is_left_as_it_was(deterministic: bool) -> None:
+    """After a failure too; while the run lasts, what it compiles later finds the switches as the first step did."""
+    before = switches_of_torch()
+
+    def fails() -> None:
+        with levels.switches(EngineConfig(deterministic=deterministic), CUDA):
+            tag = f"semi_fast {levels.sources_of_operations()}"
+            assert switches_of_torch() == [tag, "high", not deterministic, deterministic]
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fails()
+    assert switches_of_torch() == before
+
+
+def test_a_run_leaves_torch_as_it_was_and_tells_the_compiler_of_its_own_code_alone(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's switches are a thread's, and on a GPU another one compiles the backward: they come as options."""
+    from torch._inductor import config as inductor
+
+    told: list[dict[str, object]] = []
+
+    def compile(f: Callable[..., Any], *, options: dict[str, object], **_: object) -> Callable[..., Any]:
+        told.append(options)
+        assert torch.compiler.config.cache_key_tag.startswith("semi_fast ")
+        return f
+
+    monkeypatch.setattr("semi_fast.levels.torch.compile", compile)
+    before = switches_of_torch()
+    flags = ("--engine.level=compile", "--optim.steps=2", "--eval.every=2", "--method.name=supervised")
+    run(config(digits, tmp_path / "a", "--engine.deterministic=true", *flags))
+    run(config(digits, tmp_path / "b", "--engine.autotune=true", *flags))
+    assert told == [
+        {"deterministic": True},
+        {"deterministic": False, "max_autotune": True, "coordinate_descent_tuning": True},
+    ]
+    assert switches_of_torch() == before
+    assert not inductor.deterministic
+
+
 def failing_levels(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     original = levels.prepared
 
@@ -300,6 +387,38 @@ def test_a_capture_that_fails_ends_the_run_with_its_cause(
     assert error == (
         "semi-fast: the step could not be captured: RuntimeError: this operation waits; use --engine.level=compile"
     )
+
+
+SHORT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+)
+
+
+@pytest.mark.parametrize("cause", SHORT_OF_MEMORY, ids=str)
+def test_memory_is_named_before_the_level_that_met_its_end(
+    cause: Exception, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A capture, whose end raises an error of its own; libraries, which have allocators of their own."""
+    ended = RuntimeError("operation failed due to a previous error during capture")
+    ended.__context__ = cause
+    failed = CaptureError(f"{type(cause).__name__}: {cause}")
+    failed.__cause__ = ended
+    failing_levels(monkeypatch, failed)
+    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    assert guarded(config(digits, tmp_path / "run")) == 3
+    assert capsys.readouterr().err.startswith(f"semi-fast: out of memory at the first step: {cause}")
+
+
+def test_what_is_no_lack_of_memory_is_not_taken_for_one() -> None:
+    for text in ("out of resource: shared memory", "CUDNN_STATUS_NOT_SUPPORTED", "an illegal memory access"):
+        assert levels.out_of_memory(RuntimeError(text)) is None
 
 
 def test_a_run_that_goes_on_at_another_level_says_so(

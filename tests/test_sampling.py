@@ -96,6 +96,8 @@ def test_the_device_draws_what_the_host_does(
         processes=processes,
     )
     device = DeviceBatches(host, torch.device("cpu"))
+    ids = device.share(torch.tensor(steps[0]))[0].tolist()
+    assert {*ids[: labeled_rows // processes]} <= {*range(0, 3 * labeled, 3)}, "samples of the stream, before any order"
     for step in [*steps, *range(steps[0], steps[0] + 40)]:
         device.renew(step)
         ids, visits = device.share(torch.tensor(step))

@@ -6,13 +6,19 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
 import torch
 
-from semi_fast.manifest import Manifest, load_manifest
+from semi_fast import train
+from semi_fast.data_prep.long_tail import split_for
+from semi_fast.manifest import Manifest, load_manifest, seal_split
 from semi_fast.pipelines import host, source
 from semi_fast.pipelines.host import HostSource, MappedRows
 from semi_fast.pipelines.source import open_source, read_part
@@ -93,6 +99,53 @@ def test_an_error_of_the_thread_arrives_at_its_step_and_threads_end() -> None:
     opened.close()
     assert rows.closed
     assert threading.active_count() == before
+
+
+def test_a_gpu_has_its_number_from_the_start_of_a_run(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's of a single process has none, and torch.cuda.set_device, which the thread calls, refuses it."""
+
+    class Reached(Exception):
+        pass
+
+    def make_state(*_: object, device: torch.device) -> None:
+        raise Reached(device)
+
+    options, nameless = config(digits, None), torch.device("cuda")
+    split = seal_split(split_for(load_manifest(digits), "run", options.split))
+    accelerator = SimpleNamespace(device=nameless, is_main_process=True, num_processes=1, process_index=0)
+    set_to: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", set_to.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Event", Mock())
+    monkeypatch.setattr(torch.cuda, "Stream", Mock())
+    monkeypatch.setattr(train, "make_state", make_state)
+    with pytest.raises(Reached) as reached, ExitStack() as stack:
+        train.build(options, load_manifest(digits), split, accelerator, run_dir=digits, meta={}, stack=stack)  # type: ignore[arg-type]
+    opened = HostSource(Broken(), reached.value.args[0], "on a GPU")
+    opened.thread.submit(int).result()
+    opened.close()
+    assert set_to == [0]
+    with pytest.raises(ValueError, match="specified index"):
+        torch.cuda.set_device(nameless)
+
+
+def test_the_buffers_of_a_decoder_are_its_own_when_it_first_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is new to the thread's stream alone: work that is queued may still use what was there before."""
+    for name in ("Event", "Stream", "stream", "set_device", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+    class Decoder(Broken):
+        def fetch_into(self, step: int, out: torch.Tensor) -> None:
+            streams.wait_stream.assert_called_once_with(torch.cuda.current_stream.return_value)  # type: ignore[attr-defined]
+            out.fill_(step)
+
+    opened = HostSource(Decoder(), torch.device("cuda:0"), "on a GPU", on_device=True)
+    streams: Any = opened.stream
+    out = torch.empty(2, 4, 4, 3, dtype=torch.uint8)
+    for step in range(3):
+        opened.fetch(step, out)
+        assert out.eq(step).all()
+    opened.close()
 
 
 def test_rows_that_do_not_come_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,14 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and not OBSTACLE
 
 
+def numbered(device: torch.device) -> torch.device:
+    """The device with its number, as tensors on it have it and as torch.cuda.set_device demands it.
+
+    accelerate leaves it out where one process has the first GPU.
+    """
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 @cache
 def find_numba_obstacle() -> str:
     """Why views cannot be compiled for a CPU; empty where they can. Imports numba: asked only where they are made."""
