@@ -327,7 +327,12 @@ BAD_FOLDERS: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         lambda r: _move(r / "train/n01440764", "12_n01440764"),
         "n01440764 belongs to class 126, not 12",
     ),
-    "differing": ("folders", "", lambda r: _move(r / "val/n01440764", "n01443537"), "'n01440764', 'n01443537'"),
+    "differing": (
+        "folders",
+        "",
+        lambda r: _move(r / "val/n01440764", "n01443537"),
+        "the same synsets; train/ lacks 'n01443537'; val/ lacks 'n01440764'",
+    ),
     "stray file": ("folders", "train", lambda r: (r / "train/list.txt").write_text(""), "one folder per synset; "),
     "empty folder": ("folders", "train/n01443537", lambda r: (r / "train/n01443537").mkdir(), "holds no image"),
     "link outside": (

@@ -426,7 +426,9 @@ def _link(path: Path, target: Path) -> None:
         (lambda r: shutil.rmtree(r / "test"), "has neither"),
         (lambda r: (r / "val").mkdir(), "has both"),
         (lambda r: (r / "train" / "fox").mkdir(), "class 'fox' has no image"),
-        (lambda r: shutil.rmtree(r / "test" / "dog"), "same classes; they differ in 'dog'"),
+        (lambda r: shutil.rmtree(r / "test" / "dog"), "must hold the same classes; test/ lacks 'dog'$"),
+        (lambda r: shutil.rmtree(r / "train" / "dog"), "must hold the same classes; train/ lacks 'dog'$"),
+        (lambda r: (r / "train" / "emu").rename(r / "train" / "Emu"), "train/ lacks 'emu'; test/ lacks 'Emu'$"),
         (
             lambda r: shutil.copytree(r / "train" / "dog", r / "train" / "DOG"),
             "differ in more than case; '.*DOG', '.*dog'",
