@@ -14,6 +14,7 @@ from rich.table import Table
 from semi_fast.data_prep.formats import Formats
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.data_prep.prepare import (
+    BAD_FILE,
     DIGITS_RESOLUTION,
     FOLDER_RESOLUTION,
     STL10_RESOLUTION,
@@ -98,7 +99,9 @@ def prepare(
         listed = ", ".join(f"{mode} {count}" for mode, count in modes.items())
         print(f"note: {sum(modes.values())} images were converted to RGB ({listed})", file=sys.stderr)
     if hidden:
-        print(f"note: {hidden} hidden files or folders were ignored", file=sys.stderr)
+        print(f"note: {hidden} hidden files, or leftovers of file managers, were ignored", file=sys.stderr)
+    if left_out := manifest.source.get("left_out"):
+        print(f"warning: {left_out} files were left out, see {manifest.root / BAD_FILE}", file=sys.stderr)
     if repeated:
         print(f"warning: {repeated} test images have the pixels of a train or unlabeled image", file=sys.stderr)
 

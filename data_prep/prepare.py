@@ -27,7 +27,7 @@ from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.readers.decoding import BadImagesError
 from semi_fast.data_prep.readers.digits import read_digits
 from semi_fast.data_prep.readers.image_file import REFUSED, Accepted
-from semi_fast.data_prep.readers.image_folder import read_image_folder
+from semi_fast.data_prep.readers.image_folder import listed, read_image_folder
 from semi_fast.data_prep.readers.imagenet127 import read_imagenet127
 from semi_fast.data_prep.readers.stl10 import SIDE as STL10_RESOLUTION
 from semi_fast.data_prep.readers.stl10 import read_stl10
@@ -182,17 +182,16 @@ def _publish_usable(
                 f"--on-bad skip leaves out at most {BAD_LIMIT:.0%} of {error.files} files; {error}"
             ) from error
         bad = error.bad
-    print(f"warning: {len(bad)} files are left out, see {BAD_FILE}; the others are read again", file=sys.stderr)
-
-    def without() -> Raw:
-        usable = read(bad)
-        usable.source["left_out"] = len(bad)
-        return usable
-
+        try:
+            usable = read(bad)
+        except ValueError as emptied:
+            raise ValueError(f"--on-bad skip must leave no folder empty; without them {emptied}; {error}") from error
+    print(f"note: {len(bad)} files are no usable images; the others are read again", file=sys.stderr)
+    usable.source["left_out"] = len(bad)
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("file", "reason"), *((str(p.relative_to(raw)), why) for p, why in bad.items())])
     content = table.getvalue().encode("utf-8", "surrogateescape")
-    return publish(without, out, arguments, formats, last=lambda manifest: write_bad(manifest.root, content))
+    return publish(lambda: usable, out, arguments, formats, last=lambda manifest: write_bad(manifest.root, content))
 
 
 def write_bad(root: Path, content: bytes) -> None:
@@ -295,7 +294,8 @@ def _check_classes(raw: Raw) -> None:
     for part, labels in raw.labels.items():
         empty = np.flatnonzero(np.bincount(labels, minlength=len(raw.class_names)) == 0)
         if len(empty):
-            raise ValueError(f"every class needs an image in {part}; {raw.class_names[empty[0]]!r} has none")
+            lacking = listed([raw.class_names[k] for k in empty])
+            raise ValueError(f"every class needs an image in {part}; {lacking} has none")
 
 
 def _name(path: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from semi_fast.data_prep.formats import RESIDENT, Formats
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.data_prep.prepare import BAD_FILE, check_absent, hidden_directory, publish, versions, write_bad
+from semi_fast.data_prep.readers.image_folder import is_ignored
 from semi_fast.data_prep.readers.prepared import read_prepared, renumbered
 from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, save_split, seal_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
@@ -70,8 +71,8 @@ def _visible(raw: Path) -> Iterator[Path]:
         real = os.path.realpath(folder)
         again = real in seen
         seen.add(real)
-        folders[:] = [] if again else sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(files) if not again and not name.startswith("."))
+        folders[:] = [] if again else sorted(name for name in folders if not is_ignored(name))
+        yield from (Path(folder, name) for name in sorted(files) if not (again or is_ignored(name)))
 
 
 def _verified(root: Path) -> Manifest | None:

@@ -67,7 +67,7 @@ class Engine:
         self.labeled_counts, (self.levels, self.why) = labeled_counts, levels
         self.metrics, self.screen, self.checkpoints, self.meta, self.track = metrics, screen, checkpoints, meta, track
         self.device, self.clock = labels.device, Clock()
-        self.latest: dict[str, str] = {}  # what the last evaluation of each set said
+        self.latest: dict[str, tuple[int, str]] = {}  # of each set: step of the last evaluation, and what it said
         self.images = torch.empty(layout.images, *resolution, 3, dtype=torch.uint8, device=self.device)
         self.draws = DeviceBatches(batches, self.device)
         self.sampling: Callable[[], tuple[Tensor, Tensor, Tensor]] = self.sample
@@ -202,7 +202,8 @@ class Engine:
         self.track({**means, "lr": record["lr"]}, done)
         used = f"  used {100 * pseudo_labels['used_fraction']:.0f}%" if pseudo_labels else ""
         rate = f"{record['images_per_second']:.0f} images/s"
-        self.screen.news(done, f"loss {means['total']:.3f}{used}  {rate}{''.join(self.latest.values())}")
+        evaluated = "".join(text if at == done else f"{text} (step {at})" for at, text in self.latest.values())
+        self.screen.news(done, f"loss {means['total']:.3f}{used}  {rate}{evaluated}")
         self.clock.lap()  # files, trackers and screen are no training
 
     def write(self, record: dict[str, Any]) -> None:
@@ -231,9 +232,8 @@ class Engine:
         own = heads[predicts]
         self.track({f"{evaluation.name}.{k}": own[k] for k in ("top1", "balanced_accuracy")}, done)
         few = "" if own["few"] is None else f" few {own['few']:.1f}"
-        self.latest[evaluation.name] = (
-            f"  {evaluation.name} {own['top1']:.1f}% balanced {own['balanced_accuracy']:.1f}{few}"
-        )
+        said = f"  {evaluation.name} {own['top1']:.1f}% balanced {own['balanced_accuracy']:.1f}{few}"
+        self.latest[evaluation.name] = done, said
 
     def saved_tensors(self) -> list[tuple[str, Tensor]]:
         """The state of the step and the sums of the open log interval."""

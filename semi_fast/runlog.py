@@ -119,14 +119,14 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
-def environment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
+def environment(device: torch.device, precision: str, processes: int, classes: int) -> dict[str, Any]:
     """What `env.json` holds."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": commit(),
         "device": device.type,
         "hardware": hardware(device),
-        "operations": backend(device),
+        "operations": backend(device, classes),
         "platform": platform.platform(),
         "precision": precision,
         "processor": processor(device),

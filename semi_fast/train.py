@@ -69,7 +69,8 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None, kwargs_handlers=[timeout])
     try:
         config, run_dir = settled(config, manifest, accelerator)
-        environment = runlog.environment(accelerator.device, config.precision, accelerator.num_processes)
+        where = accelerator.device, config.precision, accelerator.num_processes
+        environment = runlog.environment(*where, manifest.num_classes)
         meta = provenance(config, manifest, split, environment)
         saved = checkpoint_to_resume(
             run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")

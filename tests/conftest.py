@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,19 @@ def one_thread() -> None:
     threads that wait for a fake device would forbid every fork after it (tests/reliability)."""
     torch.set_num_threads(1)
     torch.ones((), requires_grad=True).backward()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_images() -> Iterator[None]:
+    """The writers of `synthetic_data` fill published layouts with fewer images than were published."""
+    from semi_fast.data_prep.readers import cifar, downsampled_imagenet
+
+    small = replace(downsampled_imagenet.load_table(), train_counts=np.full(1000, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar, "check_count", lambda *_: None)
+        patch.setattr(downsampled_imagenet, "load_table", lambda: small)
+        patch.setattr(downsampled_imagenet, "VAL_IMAGES", 1000)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from semi_fast.cli import main
 from semi_fast.data_prep.readers import decoding, ilsvrc, image_file
 from semi_fast.data_prep.readers.decoding import BadImagesError, decoded_blocks
 from semi_fast.data_prep.readers.image_file import Accepted, Recipe
+from semi_fast.data_prep.subset import inputs_digest
 from semi_fast.manifest import load_manifest, verify_manifest
 
 from .synthetic_data import write_cifar10_binary, write_ilsvrc, write_image_folder, write_imagenet_batches
@@ -50,7 +51,7 @@ def test_bad_files_are_left_out_and_listed(tmp_path: Path, capsys: pytest.Captur
     assert prepare(raw) == 2
     assert "4 files are no usable images" in capsys.readouterr().err
     assert prepare(raw, "--on-bad", "skip") == 0
-    assert "warning: 4 files are left out, see bad.csv" in capsys.readouterr().err
+    assert f"warning: 4 files were left out, see {tmp_path / 'data' / 'bad.csv'}" in capsys.readouterr().err
     manifest = load_manifest(tmp_path / "data")
     verify_manifest(manifest)
     assert manifest.counts["train"] == (150, 150, 150)
@@ -72,6 +73,26 @@ def test_more_than_one_percent_is_never_left_out(tmp_path: Path, capsys: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(raw / "test" / "cat" / "z.png")  # the hundredth
     assert prepare(raw, "--on-bad", "skip") == 0
+
+
+@pytest.mark.parametrize("dataset", ["folder", "imagenet127"])
+def test_what_may_be_left_out_must_not_empty_a_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str
+) -> None:
+    write = write_ilsvrc if dataset == "imagenet127" else write_image_folder
+    raw = write(tmp_path / "raw", per_class=100)
+    emptied = sorted((raw / "train").iterdir())[1]
+    for path in sorted(emptied.iterdir())[1:]:
+        path.unlink()
+    (bad,) = emptied.iterdir()
+    bad.write_bytes(b"nothing")
+    assert prepare(raw, "--on-bad", "skip", dataset=dataset) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("semi-fast: --on-bad skip must leave no folder empty; without them ")
+    assert emptied.name in line
+    assert f"1 files are no usable images, repair or remove them: {str(bad)!r}: not an image" in line
+    assert "bad.csv" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_without_bad_files_nothing_is_listed(tmp_path: Path) -> None:
@@ -184,8 +205,32 @@ def test_hidden_files_are_ignored_and_counted(tmp_path: Path, capsys: pytest.Cap
     (raw / "train" / "cat" / ".DS_Store").write_bytes(b"x")
     (raw / "test" / ".thumbnails").mkdir()
     assert prepare(raw) == 0
-    assert "note: 2 hidden files or folders were ignored" in capsys.readouterr().err
+    assert "note: 2 hidden files, or leftovers of file managers, were ignored" in capsys.readouterr().err
     assert load_manifest(tmp_path / "data").source["hidden_files_ignored"] == 2
+
+
+LEFTOVERS = ("Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "Icon\r", "THUMBS.DB")
+
+
+@pytest.mark.parametrize("dataset", ["folder", "imagenet127"])
+def test_what_a_file_manager_leaves_is_no_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str
+) -> None:
+    flat = dataset == "imagenet127"
+    raw = write_ilsvrc(tmp_path / "raw", val="solution") if flat else write_image_folder(tmp_path / "raw", unlabeled=4)
+    folders = [raw / "train", min((raw / "train").iterdir()), raw / "val" if flat else raw / "unlabeled" / "deep"]
+    before = inputs_digest("", raw)
+    for folder in folders:
+        for name in LEFTOVERS:
+            if name.lower().endswith((".db", ".ini", "\r")):
+                (folder / name).write_bytes(b"x")
+            else:
+                (folder / name).mkdir()
+                (folder / name / "thumbnail.jpg").write_bytes(b"x")
+    assert prepare(raw, dataset=dataset) == 0
+    assert f"note: {3 * len(LEFTOVERS)} hidden files, or leftovers of file managers, were" in capsys.readouterr().err
+    assert load_manifest(tmp_path / "data").source["hidden_files_ignored"] == 3 * len(LEFTOVERS)
+    assert inputs_digest("", raw) == before, "a killed preparation goes on"
 
 
 def fatal(rgb: Image.Image, resolution: int) -> Image.Image:

@@ -44,6 +44,11 @@ def test_kernels_need_cuda_and_a_recent_triton(monkeypatch: pytest.MonkeyPatch) 
         assert door.has_kernel(CUDA) == (not obstacle)
         assert not door.has_kernel(CPU)
         assert obstacle in door.backend(CUDA)
+        if not obstacle:
+            assert door.backend(CUDA, 2048).endswith(" kernels")
+            assert door.backend(CUDA, 4096).endswith(
+                " kernels; 4,096 classes: the reference of pseudo_label (kernel up to 2,048)"
+            )
     said = "reference operations, no kernels: Triton cannot be imported (No module named 'triton')"
     assert door.backend(CUDA) == said
     monkeypatch.setattr(door, "find_numba_obstacle", lambda: "it is in the way")

@@ -39,6 +39,15 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+def test_a_line_says_of_which_step_its_evaluation_is(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config(digits, tmp_path / "run", "--optim.steps=6", "--log.every=1", "--method.name=supervised"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert ["test" in line for line in lines] == [False, False, False, True, True, True]
+    assert ["(step 4)" in line for line in lines] == [False, False, False, False, True, False]
+
+
 def test_a_run_leaves_everything(whole: Path, digits: Path) -> None:
     names = {path.name for path in whole.iterdir() if not path.name.startswith(".")}
     files = {"config.yaml", "split.json", "env.json", "metrics.jsonl", "summary.json", "checkpoints", "report.html"}

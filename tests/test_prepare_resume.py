@@ -27,7 +27,7 @@ STL10_FLAGS = ["--labeled-max", "2", "--unlabeled-max", "0"]
 KILLED = """
 import os, signal, sys
 from semi_fast.cli import main
-from semi_fast.data_prep.readers import downsampled_imagenet, stl10
+from semi_fast.data_prep.readers import cifar, downsampled_imagenet, stl10
 from semi_fast.data_prep.writers import resident
 from semi_fast.data_prep.subset import inputs_digest
 from semi_fast.hashed_file import HashedFile
@@ -35,6 +35,7 @@ from semi_fast.hashed_file import HashedFile
 if __name__ == "__main__":
     stl10.COUNTS = {"train": 30, "test": 20, "unlabeled": 60}
     stl10.BLOCK_IMAGES = downsampled_imagenet.BLOCK_IMAGES = 8
+    cifar.check_count = downsampled_imagenet._check_published = lambda *_: None
     writes, whole = 0, HashedFile.write
 
     def write(self, data):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semi_fast.data_prep.readers import Raw, image_file
+from semi_fast.data_prep.readers import Raw, check_count, cifar, image_file
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.readers.digits import read_digits
 from semi_fast.data_prep.readers.image_file import Accepted, Recipe
@@ -163,7 +163,6 @@ def change_batch(path: Path, change: dict[bytes, Any]) -> None:
         ({b"data": np.zeros((8, 3071), np.uint8)}, r"must be uint8 \[n, 3072\]; got uint8 \(8, 3071\)"),
         ({b"data": np.zeros(3072, np.uint8)}, r"must be uint8 \[n, 3072\]; got uint8 \(3072,\)"),
         ({b"data": np.zeros((8, 3072), np.float32)}, "only uint8 arrays are read"),
-        ({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, "holds no image"),
         ({b"labels": [0] * 7}, "one label for each of 8 images; got 7"),
         ({b"labels": "x"}, "one label for each of 8 images; got str"),
         (
@@ -210,7 +209,6 @@ def test_a_bad_batch_is_named(tmp_path: Path, change: dict[bytes, Any], message:
             lambda b: b"\x0a" + b[1:],
             r"0..9; 1 are not \(row 0: 10\)",
         ),
-        (write_cifar10_binary, "cifar10", "data_batch_1.bin", lambda b: b"", "holds no image"),
         (write_cifar10_binary, "cifar10", "batches.meta.txt", lambda b: b[:40], "10 different classes"),
         (write_cifar100_python, "cifar100", "train", lambda b: b[:-100], "damaged, truncated"),
         (write_cifar100_python, "cifar100", "meta", None, "missing"),
@@ -426,7 +424,9 @@ def _link(path: Path, target: Path) -> None:
         (lambda r: shutil.rmtree(r / "test"), "has neither"),
         (lambda r: (r / "val").mkdir(), "has both"),
         (lambda r: (r / "train" / "fox").mkdir(), "class 'fox' has no image"),
-        (lambda r: shutil.rmtree(r / "test" / "dog"), "same classes; they differ in 'dog'"),
+        (lambda r: shutil.rmtree(r / "test" / "dog"), "must hold the same classes; test/ lacks 'dog'$"),
+        (lambda r: shutil.rmtree(r / "train" / "dog"), "must hold the same classes; train/ lacks 'dog'$"),
+        (lambda r: (r / "train" / "emu").rename(r / "train" / "Emu"), "train/ lacks 'emu'; test/ lacks 'Emu'$"),
         (
             lambda r: shutil.copytree(r / "train" / "dog", r / "train" / "DOG"),
             "differ in more than case; '.*DOG', '.*dog'",
@@ -487,9 +487,32 @@ def test_rows_chw_is_the_layout_that_the_readers_undo() -> None:
     assert rows_chw(images)[1, 1024 + 32 * 3 + 5] == images[1, 3, 5, 1]
 
 
-def test_a_batch_cut_between_two_records_is_named(tmp_path: Path) -> None:
-    """Its size is still a multiple of a record's; that the other batches are longer tells."""
-    path = write_cifar10_binary(tmp_path) / "cifar-10-batches-bin" / "data_batch_3.bin"
-    path.write_bytes(path.read_bytes()[:-3073])
-    with pytest.raises(ValueError, match=r"data_batch_3\.bin: has 39 images where others have 40: truncated"):
-        read_cifar("cifar10", tmp_path)
+@pytest.mark.parametrize(
+    ("write", "dataset", "file", "published", "images"),
+    [
+        (write_cifar10_binary, "cifar10", "data_batch_3.bin", 10_000, {"train": 200, "test": 50}),
+        (write_cifar10_python, "cifar10", "data_batch_3", 10_000, {"train": 200, "test": 50}),
+        (write_cifar100_binary, "cifar100", "train.bin", 50_000, {"train": 300, "test": 100}),
+        (write_cifar100_python, "cifar100", "train", 50_000, {"train": 300, "test": 100}),
+    ],
+)
+def test_a_cifar_file_cut_between_two_images_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write, dataset: str, file: str, published: int, images: dict
+) -> None:
+    """What is left is a whole file in every other respect: only the published number of images tells."""
+    monkeypatch.setattr(cifar, "check_count", check_count)
+    write(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    path, rows = folder / file, images["train"] * published // 50_000
+    with pytest.raises(ValueError, match=f"must hold {published} images; got {rows}: not the published file"):
+        read_cifar(dataset, tmp_path)
+    monkeypatch.setattr(cifar, "IMAGES", images)
+    read_cifar(dataset, tmp_path)
+    if path.suffix == ".bin":
+        path.write_bytes(path.read_bytes()[: -(path.stat().st_size // rows)])
+    else:
+        batch = load_dict(path, path.read_bytes())
+        key = "labels" if dataset == "cifar10" else "fine_labels"
+        change_batch(path, {b"data": batch["data"][:-1], key.encode(): batch[key][:-1]})
+    with pytest.raises(ValueError, match=f"{path}: must hold {rows} images; got {rows - 1}: not the published file"):
+        read_cifar(dataset, tmp_path)

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from semi_fast.report import write_report
 from semi_fast.report.compare import comparison
+from semi_fast.report.figures import pseudo_label_groups
 from semi_fast.report.run import METRICS, read_run
 
 
@@ -309,6 +312,62 @@ def test_comparison(tmp_path: Path) -> None:
     assert float(rows[1]["top1_last20"]) == summary["top1_last20"]
     assert (tmp_path / "out/report_data/2_fixmatch/classes.csv").is_file()
     assert len(parsed.ids) == len(set(parsed.ids))
+
+
+def changed_pseudo_labels(run: Path, *keys: str) -> None:
+    """Zeros for these counts in every record of a made-up run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in lines:
+        if record.get("pseudo_labels"):
+            record["pseudo_labels"] |= {key: [0] * len(record["pseudo_labels"][key]) for key in keys}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+
+
+@pytest.mark.parametrize(
+    ("zero", "panels", "plots"),
+    [
+        ((), [3, 3], 8),
+        (("used", "correct", "predicted"), [2, 2], 8),
+        (("seen", "used", "correct", "predicted"), [1], 7),
+    ],
+)
+def test_no_panel_is_empty(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    zero: tuple[str, ...],
+    panels: list[int],
+    plots: int,
+) -> None:
+    """Everything known; nothing passed the mask; no unlabeled image of a known class."""
+    import semi_fast.report.page as module
+
+    run, drawn = fake_run(tmp_path / "run", classes=4), []
+    changed_pseudo_labels(run, *zero)
+
+    def kept(figure: Figure, prefix: str, label: str) -> Markup:
+        drawn.append((label, figure))
+        return Markup("<svg></svg>")
+
+    monkeypatch.setattr(module, "inline_svg", kept)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert len(drawn) == plots
+    for label, figure in drawn:
+        for axis in figure.axes:
+            lines = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines]
+            heats = [np.ma.filled(image.get_array(), np.nan) for image in axis.images]
+            shown = any(np.isfinite(values).any() for values in (*lines, *heats))
+            assert shown or axis.get_label() == "<colorbar>", f"{label}: {axis.get_title(loc='left')}"
+    counted = [figure for label, figure in drawn if label.startswith("Pseudo-labels")]
+    assert [sum(axis.get_label() != "<colorbar>" for axis in figure.axes) for figure in counted] == panels
+    assert ("has a known class" in page) == ("seen" in zero)
+
+
+def test_a_share_of_zero_is_seen(tmp_path: Path) -> None:
+    """A line on the border of its panel would be hidden by it."""
+    run = fake_run(tmp_path / "run", classes=4)
+    changed_pseudo_labels(run, "used", "correct", "predicted")
+    figure = pseudo_label_groups(read_run(run))
+    assert [axis.get_ylim()[0] < 0 for axis in figure.axes] == [True, True]
 
 
 def test_unfinished_run_with_a_torn_line(tmp_path: Path) -> None:

@@ -95,7 +95,11 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing images": ("unlabeled_X.bin", lambda p: p.unlink(), "missing; --raw must hold stl10_binary/ with train_X"),
     "missing labels": ("test_y.bin", lambda p: p.unlink(), "missing"),
     "cut inside a record": ("train_X.bin", lambda p: _cut(p, 1), "must be a multiple of 27648 bytes; got 829439"),
-    "cut between records": ("unlabeled_X.bin", lambda p: _cut(p, 27648), "must hold 7 images; got 6: truncated"),
+    "cut between records": (
+        "unlabeled_X.bin",
+        lambda p: _cut(p, 27648),
+        "must hold 7 images; got 6: not the",
+    ),
     "empty": ("test_X.bin", lambda p: p.write_bytes(b""), "must hold 20 images; got 0"),
     "fewer labels": ("train_y.bin", lambda p: _cut(p, 1), "must hold 30 labels; got 29"),
     "labels out of range": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,3 +32,9 @@ class Raw:
     """`blocks` without so many first rows, for a preparation that goes on; None where they are not skipped."""
     identity: bytes = b""
     """What decides the pixels of `blocks_after`, without reading them."""
+
+
+def check_count(path: Path, found: int, published: int, what: str = "images") -> None:
+    """ValueError unless a file holds as many as were published: one cut between two of them shows in nothing else."""
+    if found != published:
+        raise ValueError(f"{path}: must hold {published} {what}; got {found}: not the published file, get it again")

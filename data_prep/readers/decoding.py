@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from semi_fast.data_prep.readers.image_file import ImageRead, Recipe, read_image
+from semi_fast.data_prep.readers.image_file import Accepted, ImageRead, Recipe, read_image
 from semi_fast.data_prep.readers.kept_chunks import CHUNK_IMAGES, KeptChunks, identity
 
 SHOWN = 20
@@ -31,10 +31,10 @@ MEMORY_LIMIT_BYTES = 2**31  # that a decoding process may add; an image of 64 me
 class BadImagesError(ValueError):
     """Files that are no usable images, each with the reason, of so many files."""
 
-    def __init__(self, bad: dict[Path, str], files: int):
+    def __init__(self, bad: dict[Path, str], files: int, accepted: Accepted):
         lines = [f"{str(path)!r}: {reason}" for path, reason in list(bad.items())[:SHOWN]]
         more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        way_out = "repair or remove them (or --on-bad skip)"
+        way_out = "repair or remove them" + ("" if accepted.on_bad == "skip" else " (or --on-bad skip)")
         super().__init__(f"{len(bad)} files are no usable images, {way_out}: {'; '.join(lines)}{more}")
         self.bad, self.files = bad, files
 
@@ -58,7 +58,7 @@ def decoded_blocks(
             if not bad:
                 yield part, np.stack([read.pixels for read in decoded])  # type: ignore[arg-type]
     if bad:
-        raise BadImagesError(bad, source["files"])
+        raise BadImagesError(bad, source["files"], recipe.accepted)
     source |= {"sha256": digest.hexdigest(), "converted_to_rgb": {m: n for m, n in sorted(modes.items()) if m != "RGB"}}
 
 

@@ -19,14 +19,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from semi_fast.data_prep.readers import Raw
-from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, Table, load_table, subset_note
+from semi_fast.data_prep.readers import Raw, check_count
+from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, load_table
 from semi_fast.data_prep.readers.kept_chunks import identity
 from semi_fast.data_prep.restricted_unpickler import StoredArray, load_stored_dict
 from semi_fast.manifest import file_sha256
 
 TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
 VAL = "val_data"
+VAL_IMAGES = 50_000
 SIDES = (8, 16, 32, 64)
 BLOCK_IMAGES = 1024
 LABELS_LIMIT_BYTES = 2**26
@@ -59,7 +60,6 @@ def find_batches(raw: Path) -> dict[str, list[Path]]:
 
 def read_batches(found: dict[str, list[Path]], raw: Path, resolution: int | None) -> Raw:
     """Rows in the order of the batches; ValueError names a missing, repeated or damaged file."""
-    table = load_table()
     missing = [name for name in (*TRAIN, VAL) if name not in found]
     if missing:
         raise ValueError(f"{raw}: downsampled ImageNet is ten train batches and val_data; {', '.join(missing)} missing")
@@ -74,7 +74,8 @@ def read_batches(found: dict[str, list[Path]], raw: Path, resolution: int | None
     if resolution not in (None, side):
         raise ValueError(f"--resolution must be that of the batches, {side}, or left out; got {resolution}")
     synsets = {"train": np.concatenate([batches[name].labels for name in TRAIN]), "test": batches[VAL].labels}
-    _check_order(table, synsets["train"], raw)
+    _check_published(batches[VAL].path, synsets, raw)
+    table = load_table()
     labels = {part: table.class_of[of_part] for part, of_part in synsets.items()}
     digests: dict[str, str] = {}
     source: dict[str, Any] = {"reader": "downsampled imagenet", "name": raw.resolve().name, "sha256": digests}
@@ -87,20 +88,22 @@ def read_batches(found: dict[str, list[Path]], raw: Path, resolution: int | None
         blocks=_blocks(batches, digests),
         blocks_after=lambda rows: _blocks(batches, digests, rows),
         identity=identity(raw, [str(batch.path.relative_to(raw)) for batch in batches.values()], side),
-        source=source | subset_note(len(labels["train"]), len(np.unique(labels["train"]))),
+        source=source,
         statistics=STATISTICS,
     )
 
 
-def _check_order(table: Table, labels: np.ndarray, raw: Path) -> None:
-    """As many labels as ILSVRC-2012 has images must be as many of each synset, or they count in another order."""
-    if len(labels) == table.train_images:
-        differing = np.flatnonzero(np.bincount(labels, minlength=len(table.synsets)) != table.train_counts)
-        if len(differing):
-            raise ValueError(
-                f"{raw}: labels must follow the development kit (1 is {table.synsets[0]}); {len(differing)} of them "
-                "have another number of images there: get the published batches"
-            )
+def _check_published(val: Path, synsets: dict[str, np.ndarray], raw: Path) -> None:
+    """The images of ILSVRC-2012, as many of each synset, or the labels count in another order."""
+    table = load_table()
+    check_count(raw / f"{TRAIN[0]} to {len(TRAIN)}", len(synsets["train"]), table.train_images)
+    check_count(val, len(synsets["test"]), VAL_IMAGES)
+    differing = np.flatnonzero(np.bincount(synsets["train"], minlength=len(table.synsets)) != table.train_counts)
+    if len(differing):
+        raise ValueError(
+            f"{raw}: labels must follow the development kit (1 is {table.synsets[0]}); {len(differing)} of them "
+            "have another number of images there: get the published batches"
+        )
 
 
 def _blocks(batches: dict[str, Batch], digests: dict[str, str], skipped: int = 0) -> Iterator[tuple[str, np.ndarray]]:

@@ -19,7 +19,7 @@ from semi_fast import philox
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.readers.decoding import decoded_blocks
 from semi_fast.data_prep.readers.image_file import REFUSED, Accepted, Recipe
-from semi_fast.data_prep.readers.image_folder import Listing, check_regular, listed
+from semi_fast.data_prep.readers.image_folder import Listing, check_regular, check_same, listed
 from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, class_by_wnid, load_table, subset_note
 from semi_fast.data_prep.readers.kept_chunks import scratch_bytes
 
@@ -46,8 +46,7 @@ def read_ilsvrc(
     """
     listing = Listing(raw, follow=accepted.follow, left_out=left_out)
     train, val = _labeled(listing, "train"), _val_files(listing)
-    if differing := sorted({name for name, _ in train} ^ {name for name, _ in val}):
-        raise ValueError(f"{raw}: train/ and val/ must hold the same synsets; they differ in {listed(differing)}")
+    check_same(raw, "synsets", {name for name, _ in train}, "val", {name for name, _ in val})
     found = {"train": train, "test": val}
     class_of, table = class_by_wnid(), load_table()
     classes = {part: np.array([class_of[name] for name, _ in files]) for part, files in found.items()}

@@ -20,9 +20,21 @@ from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.readers.decoding import SHOWN, decoded_blocks
 from semi_fast.data_prep.readers.image_file import REFUSED, Accepted, Recipe
 
+LEFTOVERS = {
+    "desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "thumbs.db", "$recycle.bin", "system volume information",
+    "__macosx", "icon\r", "network trash folder", "temporary items",
+    "@eadir", "@recently-snapshot", "@recycle", "#recycle", "#snapshot", "lost+found", "picasa.ini",
+}  # fmt: skip
+"""What file managers, network drives and archives put among pictures, in lower case."""
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name was not put there by who made the data set."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
 
 class Listing:
-    """The files under a folder, sorted, without hidden ones, which are counted, and without those left out."""
+    """The files under a folder, sorted, without ignored ones, which are counted, and without those left out."""
 
     def __init__(self, raw: Path, *, follow: bool = False, left_out: Collection[Path] = ()) -> None:
         self.raw, self.follow, self.left_out = raw, follow, frozenset(left_out)
@@ -31,7 +43,7 @@ class Listing:
     def visible(self, folder: Path) -> list[Path]:
         """What is in `folder`; links must lead to something, inside `raw` unless they are followed."""
         everything = sorted(folder.iterdir())
-        paths = [path for path in everything if not path.name.startswith(".")]
+        paths = [path for path in everything if not is_ignored(path.name)]
         self.hidden += len(everything) - len(paths)
         outside = [p for p in paths if p.is_symlink() and not self._leads_inside(p)]
         if outside:
@@ -47,12 +59,11 @@ class Listing:
 
 
 def read_image_folder(raw: Path, resolution: int, accepted: Accepted = REFUSED, left_out: Collection[Path] = ()) -> Raw:
-    """Classes and files sorted by name, hidden ones ignored. Names are checked here, pixels as `blocks` are read."""
+    """Classes and files sorted by name. Names are checked here, pixels as `blocks` are read."""
     listing, test = Listing(raw, follow=accepted.follow, left_out=left_out), _test_folder(raw)
     classes = {part: _class_files(listing, folder) for part, folder in (("train", raw / "train"), ("test", test))}
     names = tuple(classes["train"])
-    if differing := sorted(set(names) ^ set(classes["test"])):
-        raise ValueError(f"train/ and {test.name}/ must hold the same classes; they differ in {listed(differing)}")
+    check_same(raw, "classes", names, test.name, classes["test"])
     files = {part: [path for k in names for path in of_class[k]] for part, of_class in classes.items()}
     labels = {p: np.repeat(np.arange(len(names)), [len(c[k]) for k in names]) for p, c in classes.items()}
     files["unlabeled"] = _unlabeled_files(listing)
@@ -130,6 +141,13 @@ def _unlabeled_files(listing: Listing) -> list[Path]:
         raise ValueError(f"{root} holds no image; add some or remove it")
     check_regular(paths)
     return paths
+
+
+def check_same(raw: Path, what: str, train: Collection[str], other: str, others: Collection[str]) -> None:
+    """ValueError unless train/ and the folder `other` hold the same `what`."""
+    lacking = [("train", set(others) - set(train)), (other, set(train) - set(others))]
+    if found := [f"{part}/ lacks {listed(sorted(names))}" for part, names in lacking if names]:
+        raise ValueError(f"{raw}: train/ and {other}/ must hold the same {what}; {'; '.join(found)}")
 
 
 def check_regular(paths: list[Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from semi_fast.data_prep.readers import Raw
+from semi_fast.data_prep.readers import Raw, check_count
 from semi_fast.data_prep.readers.kept_chunks import identity
 
 FOLDER = "stl10_binary"
@@ -66,8 +66,7 @@ def _check_size(path: Path, record_bytes: int, count: int, what: str) -> None:
     size = path.stat().st_size
     if size % record_bytes:
         raise ValueError(f"{path}: must be a multiple of {record_bytes} bytes; got {size}: truncated, get it again")
-    if size // record_bytes != count:
-        raise ValueError(f"{path}: must hold {count} {what}; got {size // record_bytes}: truncated, get it again")
+    check_count(path, size // record_bytes, count, what)
 
 
 def _labels(path: Path, count: int, digests: dict[str, str]) -> np.ndarray:

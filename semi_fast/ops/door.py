@@ -12,6 +12,10 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OLDEST_TRITON = (3, 6)
+LARGEST = {"bank_push": 4096, "embedding_align": 16_384, "masked_cross_entropy": 8192, "pseudo_label": 2048}
+"""Classes, features, or slots and rows (bank_push) that a kernel takes. One block holds them all: of the next power of
+two it spills registers on sm_80 or sm_90 (pseudo_label 1 to 40 KB at 4,096, by the number of warps)."""
+BY_CLASS = ("masked_cross_entropy", "pseudo_label")
 
 
 def find_obstacle() -> str:
@@ -42,6 +46,11 @@ def numbered(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
+def fits(operation: str, entries: int) -> bool:
+    """Whether its kernel takes so many; its reference takes more."""
+    return entries <= LARGEST[operation]
+
+
 @cache
 def find_numba_obstacle() -> str:
     """Why views cannot be compiled for a CPU; empty where they can. Imports numba: asked only where they are made."""
@@ -63,10 +72,12 @@ def values_at_hand(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def backend(device: torch.device) -> str:
-    """One line for logs: what the operations run on `device`, and why no kernels."""
+def backend(device: torch.device, classes: int = 0) -> str:
+    """One line for logs: what the operations run on `device` with so many classes, and why no kernels."""
     if has_kernel(device):
-        return f"Triton {import_module('triton').__version__} kernels"
+        large = [f"{name} (kernel up to {LARGEST[name]:,})" for name in BY_CLASS if not fits(name, classes)]
+        references = f"; {classes:,} classes: the reference of {', '.join(large)}" if large else ""
+        return f"Triton {import_module('triton').__version__} kernels{references}"
     line = f"reference operations, no kernels: {OBSTACLE or f'the device is {device.type}, not CUDA'}"
     if has_compiled_views(device):
         return f"{line}; views compiled by numba {import_module('numba').__version__}"

@@ -76,6 +76,7 @@ def class_accuracy(run: Run) -> Figure:
                     color, height = ("paper", 2) if value > 10 else ("muted", value + 1.5)
                     upper.text(at, height, f"{value:.1f}", ha="center", fontsize=7, color=COLORS[color])
     percent_axis(upper, "")
+    upper.set_ylim(bottom=0)  # where bars begin
     upper.set_ylabel("recall, %")
     for values, index, label in (
         (run.labeled_counts, 2, "labeled images"),
@@ -125,34 +126,43 @@ def confusion_matrix(run: Run) -> Figure:
 
 @styled
 def pseudo_label_groups(run: Run) -> Figure:
-    """Use, precision and recall of pseudo-labels over time, images pooled over many, medium and few classes."""
+    """Use, precision and recall of pseudo-labels over time, images pooled over many, medium and few classes.
+
+    Precision and recall have a panel only where they have a value.
+    """
     steps, counts, used = pooled(run)
-    figure, axes = panels(3, 3, 2.6)
-    for group in GROUPS:
-        members = run.groups[group]
-        values = rates({key: table[:, members].sum(axis=1) for key, table in counts.items()})
-        color, dash = GROUP_STYLE[group]
-        for axis, share in zip(axes, values.values(), strict=True):
-            if np.isfinite(share).any():
-                line(axis, steps, share, 0, label=group, color=color, linestyle=dash)
+    of_group = {
+        group: rates({key: table[:, run.groups[group]].sum(axis=1) for key, table in counts.items()})
+        for group in GROUPS
+    }
+    rest = [key for key in ("precision", "recall") if any(np.isfinite(of[key]).any() for of in of_group.values())]
+    figure, axes = panels(1 + len(rest), 3, 2.6)
+    for axis, key in zip(axes, ("use", *rest), strict=True):
+        for group, of in of_group.items():
+            color, dash = GROUP_STYLE[group]
+            if np.isfinite(of[key]).any():
+                line(axis, steps, of[key], 0, label=group, color=color, linestyle=dash)
+        percent_axis(axis, key.capitalize())
+        step_axis(axis)
     if np.isfinite(used).any():
         line(axes[0], steps, used, 0, label="all rows of the batch", color=COLORS["muted"], linewidth=0.9)
-    for axis, title in zip(axes, ("Use", "Precision", "Recall"), strict=True):
-        percent_axis(axis, title)
-        step_axis(axis)
     legend(figure, axes[0])
     return figure
 
 
 @styled
 def pseudo_label_classes(run: Run) -> Figure:
-    """Use, precision and recall of pseudo-labels by class over time; hatched where there was nothing to count."""
+    """Use, precision and recall of pseudo-labels by class over time; hatched where there was nothing to count.
+
+    What has no value at all has no panel; the page asks first whether images of known truth were counted.
+    """
     steps, counts, _ = pooled(run)
     count = len(run.order)
     first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
+    shares = {key: table for key, table in rates(counts).items() if np.isfinite(table).any()}
     figure = Figure(figsize=(WIDTH, 2.4 + min(0.13 * count, 3.2)), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    for axis, (key, table) in zip(axes, rates(counts).items(), strict=True):
+    axes = figure.subplots(1, len(shares), sharey=True)
+    for axis, (key, table) in zip(axes, shares.items(), strict=True):
         last = axis is axes[-1]
         extent = (first, steps[-1], count - 0.5, -0.5)
         heat(figure, axis, table[:, run.order].T, extent, "%" if last else None, axes=list(axes))

@@ -163,7 +163,11 @@ def _plots(run: Run, folder: str, output: _Output) -> list[Plot]:
     tested, pseudo = bool(run.of("test")), compare.pseudo_labels(run)
     n = compare.averaged(run) or len(run.of("test")[-20:])
     none = "No test evaluation yet."
-    no_labels = "This run counted no pseudo-labels."
+    if pseudo:
+        no_truth = "Use: share of the rows that pass the mask. No unlabeled image that was drawn has a known class."
+    else:
+        no_truth = "This run counted no pseudo-labels."
+    known = any((labels.seen > 0).any() for _, labels in pseudo)
     matrix = compare.confusion(run)
     pseudo_table = compare.pseudo_label_table(run)
     entries: list[tuple[str, str, str, Callable[[], Figure] | None, Table]] = [
@@ -194,12 +198,12 @@ def _plots(run: Run, folder: str, output: _Output) -> list[Plot]:
         ),
         (
             "pseudo_labels.csv",
-            "Pseudo-labels over time, by frequency group",
+            "Pseudo-labels over time" + (", by frequency group" if known else ""),
             "Use: share of a class's images that pass the mask. Precision: share of a class's pseudo-labels that are "
             "right. Recall: share of a class's images that pass with the right pseudo-label. A group pools its counts. "
             + DIAGNOSTIC
-            if pseudo
-            else no_labels,
+            if known
+            else no_truth,
             (lambda: figures.pseudo_label_groups(run)) if pseudo else None,
             pseudo_table,
         ),
@@ -207,7 +211,7 @@ def _plots(run: Run, folder: str, output: _Output) -> list[Plot]:
             "pseudo_labels.csv",
             "Pseudo-labels over time, by class",
             f"Most labeled images on top; hatched where an interval had nothing to count. {DIAGNOSTIC}",
-            (lambda: figures.pseudo_label_classes(run)) if pseudo else None,
+            (lambda: figures.pseudo_label_classes(run)) if known else None,
             pseudo_table,
         ),
     ]
@@ -220,7 +224,7 @@ def _plots(run: Run, folder: str, output: _Output) -> list[Plot]:
         if table.rows or part != "stats":
             draw = (lambda table=table: figures.curves(table)) if table.rows else None
             entries.append((f"{part}.csv", title, caption if table.rows else "Nothing logged yet.", draw, table))
-    if not pseudo:
+    if not known:
         entries.pop(4)
     return [output.plot(folder + name, title, caption, draw, table) for name, title, caption, draw, table in entries]
 

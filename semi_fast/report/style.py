@@ -167,9 +167,9 @@ def marker(index: int, count: int, *, hollow: bool) -> dict[str, Any]:
 
 
 def percent_axis(axis: Axes, title: str) -> None:
-    """The y axis from 0 to 100 %."""
+    """The y axis from 0 to 100 %, with room for a line at either end to be seen."""
     axis.set_title(title and f"{title}, %")
-    axis.set_ylim(0, 102)
+    axis.set_ylim(-2, 102)
     axis.set_yticks(range(0, 101, 20))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from semi_fast.ops.bank_push import bank_push, kernel, reference
+from semi_fast.ops.door import LARGEST
 from tests.conftest import DEVICE
 from tests.offline import compile_offline
 
@@ -101,7 +102,8 @@ def test_spills_no_register() -> None:
         "number_ptr": "*i64",
     }
     cases = []
-    for slots, rows, width in ((128, 128, 128), (128, 896, 128), (512, 2048, 2048)):
+    largest = LARGEST["bank_push"]
+    for slots, rows, width in ((128, 896, 128), (512, 2048, 2048), (largest, largest, 128)):
         constants = kernel.launch_options(slots, rows, width) | {"OLDEST_LEAVES": False}
         warps = constants.pop("num_warps")
         sizes = dict.fromkeys(("classes", "slots", "width", "rows"), "i32")

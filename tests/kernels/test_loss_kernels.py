@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from semi_fast.ops.door import LARGEST
 from semi_fast.ops.embedding_align import embedding_align
 from semi_fast.ops.embedding_align import kernel as align_kernel
 from semi_fast.ops.embedding_align import reference as align_reference
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 # A gradient in half precision is rounded to it twice: when it is made, and times the upstream gradient. Triton's
 # interpreter cuts bfloat16 off instead, which costs twice as much.
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 3 * 2**-8, torch.float16: 2 * 2**-11}
-SIZES = [(1, 1, 2), (8, 4, 10), (6, 3, 100), (4, 2, 127), (6, 6, 1000)]
+SIZES = [(1, 1, 2), (8, 4, 10), (6, 3, 100), (4, 2, 127), (6, 6, 1000), (4, 2, 4096)]
 
 
 def gradients(loss: Tensor, leaf: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def test_opcheck_and_compile() -> None:
 def test_spill_no_register() -> None:
     names = ("logits_ptr", "coefficient_ptr", "offset_ptr", "losses_ptr", "gradient_ptr")
     cases = []
-    for classes, soft in ((10, False), (127, False), (1000, True)):
+    for classes, soft in ((127, False), (1000, True), (LARGEST["masked_cross_entropy"], True)):
         constants: dict[str, Any] = entropy_kernel.launch_options(classes)
         warps = constants.pop("num_warps")
         constants |= {"SOFT": soft, "WEIGHTED": True, "OFFSET": True}
@@ -129,7 +130,7 @@ def test_spill_no_register() -> None:
         cases.append({"signature": signature, "constants": constants, "num_warps": warps})
     found = compile_offline("semi_fast.ops.masked_cross_entropy.kernel", "cross_entropy_kernel", cases)
     cases = []
-    for width in (128, 2048, 4096):
+    for width in (128, 2048, LARGEST["embedding_align"]):
         constants = align_kernel.launch_options(width)
         warps = constants.pop("num_warps")
         names = ("weak", "strong", "center", "coefficient", "losses", "target", "gradient")
@@ -137,7 +138,6 @@ def test_spill_no_register() -> None:
         signature |= dict.fromkeys(("temperature", "teacher_temperature"), "fp32") | {"BLOCK_D": "constexpr"}
         cases.append({"signature": signature, "constants": constants, "num_warps": warps})
     found += compile_offline("semi_fast.ops.embedding_align.kernel", "align_kernel", cases)
-    assert len(found) == 12
     assert [case["spills"] for case in found] == [0] * 12, found
 
 

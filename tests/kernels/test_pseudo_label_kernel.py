@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from semi_fast.ops.door import LARGEST
 from semi_fast.ops.pseudo_label import PseudoLabels, kernel, pseudo_label, reference
 from tests.conftest import DEVICE
 from tests.offline import compile_offline
 
-SIZES = [(1, 2, 5), (9, 10, 128), (5, 100, 20), (6, 127, 70), (3, 1000, 33)]
+SIZES = [(1, 2, 5), (9, 10, 128), (5, 100, 20), (6, 127, 70), (3, 1000, 33), (3, 2048, 5)]
 DEFAULT = (False, True, "or", "mixed", "or")
 MODES = [DEFAULT, (True, False, "linear", "linear", "own_adjusted"), (False, False, "mixed", "mixed", "or")]
 MODE_NAMES = ("by_predicted", "renormalize", "mask_source", "entropy_source", "balanced_mask")
@@ -139,7 +140,7 @@ def test_spills_no_register() -> None:
     pointers |= dict.fromkeys(("threshold", "temperature", "prototype_temperature", "log_classes"), "fp32")
     flags = {"RENORMALIZE": True, "LINEAR_MASK": True, "MIXED_MASK": True, "MIXED_ENTROPY": True, "OR_BALANCED": True}
     cases = []
-    for classes, width in ((10, 128), (127, 2048), (1000, 128)):
+    for classes, width in ((127, 2048), (1000, 128), (LARGEST["pseudo_label"], 128)):
         constants = kernel.launch_options(classes, width) | flags | {"BY_PREDICTED": classes == 127}
         warps = constants.pop("num_warps")
         signature = pointers | dict.fromkeys(constants, "constexpr")

@@ -30,7 +30,7 @@ TESTS = Path(__file__).resolve().parents[1]
 LIST = TESTS.parent / "docs" / "faults.md"
 NUMBERS = {
     "K": 6,
-    "T": 3,
+    "T": 4,
     "D": 3,
     "I": 7,
     "L": 5,

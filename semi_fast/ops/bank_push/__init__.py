@@ -7,7 +7,7 @@ from torch import Tensor
 
 from semi_fast.ops import door
 from semi_fast.ops.bank_push import reference
-from semi_fast.ops.door import FLOATS, expect, has_kernel
+from semi_fast.ops.door import FLOATS, expect, fits, has_kernel
 
 __all__ = ["bank_push"]
 
@@ -59,7 +59,7 @@ def bank_push(
     if not rows:
         return
     offered = new_features, new_labels, new_confidences, mask, number
-    if has_kernel(device):
+    if has_kernel(device) and fits("bank_push", max(slots, rows)):
         from semi_fast.ops.bank_push import kernel
 
         kernel.bank_push(*state, *(x.contiguous() for x in offered), oldest_leaves)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from semi_fast.ops.door import FLOATS, expect, has_kernel
+from semi_fast.ops.door import FLOATS, expect, fits, has_kernel
 from semi_fast.ops.embedding_align import reference
 
 __all__ = ["embedding_align"]
@@ -30,7 +30,7 @@ def embedding_align(
         raise ValueError(f"weak must have a number of rows that divides the {rows} of strong; got {images}")
     expect("center", center, (width,), FLOATS, device)
     expect("coefficient", coefficient, (images,), FLOATS, device)
-    if has_kernel(device) and strong.dtype != torch.float64 and rows:
+    if has_kernel(device) and fits("embedding_align", width) and strong.dtype != torch.float64 and rows:
         from semi_fast.ops.embedding_align import kernel
 
         inputs = (x.contiguous() for x in (weak.detach(), strong, center, coefficient))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from semi_fast.ops.door import FLOATS, expect, has_kernel
+from semi_fast.ops.door import FLOATS, expect, fits, has_kernel
 from semi_fast.ops.masked_cross_entropy import reference
 
 __all__ = ["masked_cross_entropy"]
@@ -36,7 +36,7 @@ def masked_cross_entropy(
         expect("coefficient", coefficient, (images,), FLOATS, device)
     if offset is not None:
         expect("offset", offset, (classes,), FLOATS, device)
-    if has_kernel(device) and logits.dtype != torch.float64 and rows:
+    if has_kernel(device) and fits("masked_cross_entropy", classes) and logits.dtype != torch.float64 and rows:
         from semi_fast.ops.masked_cross_entropy import kernel
 
         losses, _ = kernel.masked_cross_entropy(

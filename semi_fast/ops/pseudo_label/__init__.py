@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from semi_fast.ops.door import FLOATS, expect, has_kernel
+from semi_fast.ops.door import FLOATS, expect, fits, has_kernel
 from semi_fast.ops.pseudo_label import reference
 from semi_fast.ops.pseudo_label.reference import hardness_weight, prototype_probs
 
@@ -78,7 +78,7 @@ def pseudo_label(
     if classes < 2:
         raise ValueError(f"logits must have at least 2 classes; got {classes}")
     inputs = logits, balanced_logits, queries, prototypes, valid, mixing, head_adjustment, adjustment, hardness_scale
-    if has_kernel(device) and logits.dtype != torch.float64:
+    if has_kernel(device) and fits("pseudo_label", classes) and logits.dtype != torch.float64:
         from semi_fast.ops.pseudo_label import kernel
 
         found = kernel.pseudo_label(

@@ -120,10 +120,10 @@ def pseudo_label_kernel(
 
 
 def launch_options(classes: int, width: int) -> dict[str, int]:
-    """Block sizes: one block holds all classes; at most 32 differences a thread at a time."""
+    """Block sizes: one block holds all classes; at most 8 of them and 32 differences a thread at a time."""
     block_c = max(16, power_of_two(classes))
     block_d = min(128, max(16, power_of_two(width)), max(4, 4096 // block_c))
-    return {"BLOCK_C": block_c, "BLOCK_D": block_d, "num_warps": 4}
+    return {"BLOCK_C": block_c, "BLOCK_D": block_d, "num_warps": 4 if block_c <= 1024 else 8}
 
 
 @torch.library.custom_op("semi_fast::pseudo_label", mutates_args=())
