@@ -75,8 +75,9 @@ def sweep(
         from semi_fast.report.run import read_run
 
         run_dirs = [cell.run_dir for cell in done]
+        page = write_report(run_dirs, out / "report.html")
         print(comparison([read_run(run_dir) for run_dir in run_dirs]).text())
-        print(f"report: {write_report(run_dirs, out / 'report.html')}")
+        print(f"report: {page}")
     return len(failed)
 
 

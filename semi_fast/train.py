@@ -42,6 +42,7 @@ from semi_fast.rundir import checkpoint_to_resume, claimed, provenance, run_dir_
 from semi_fast.sampling import Batches, Stream, label_tables
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.schema.yaml_file import dump
+from semi_fast.screen import lasting_streams
 from semi_fast.sealed_json import read_json
 from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.summary import summarise
@@ -326,8 +327,7 @@ def guarded(config: Config) -> int:
     try:
         run(config)
     except EXPECTED as error:
-        with suppress(OSError):  # of a full disk behind the screen: the exit code is told in any case
-            print(one_line(error), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return exit_code(error)
     return 0
 
@@ -336,12 +336,13 @@ def main(argv: list[str] | None = None) -> int:
     from semi_fast.cli import parse_config
 
     end_with_launcher()
-    try:
-        config = parse_config(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        print(one_line(error), file=sys.stderr)
-        return exit_code(error)
-    return guarded(config)
+    with lasting_streams():
+        try:
+            config = parse_config(sys.argv[1:] if argv is None else argv)
+        except ValueError as error:
+            print(one_line(error), file=sys.stderr)
+            return exit_code(error)
+        return guarded(config)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ def reproduce(
         print()
     result = against_paper(cell, summaries)
     comparable, remarks = verdict(cell, published, config, short=short, runs=len(seeds))
+    path = root / "reproduce.json"
+    write_json(path, document(cell, result, remarks, summaries, comparable=comparable))
     print(f"{cell.title} ({cell.source}: {name})\n\n{result.text()}")
     print(f"protocol: {protocol(summaries[0])}")
     for line in (*remarks, *(f"caveat: {caveat}" for caveat in cell.caveats)):
         print(line)
-    path = root / "reproduce.json"
-    write_json(path, document(cell, result, remarks, summaries, comparable=comparable))
     print(f"written: {path}")
     return path
 
