@@ -26,6 +26,7 @@ from semi_fast.ema import WeightAverage
 from semi_fast.engine import Engine
 from semi_fast.errors import EXPECTED, NonFiniteError, exit_code, one_line
 from semi_fast.evaluation import EvalSet, Evaluation
+from semi_fast.launch import check_environment, started_alone
 from semi_fast.levels import ladder
 from semi_fast.manifest import Manifest, Split, load_manifest, save_split, seal_split
 from semi_fast.methods import Environment, Method, make_method
@@ -57,6 +58,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises ValueError for what the user must change, RuntimeError for the machine, NonFiniteError for numerics.
     """
     check(config)
+    check_environment()
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
     manifest = load_manifest(config.data.path)
@@ -68,6 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.engine.timeout_seconds))
     accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None, kwargs_handlers=[timeout])
     try:
+        if alone := started_alone(accelerator.num_processes):
+            print(alone)
         config, run_dir = settled(config, manifest, accelerator)
         environment = runlog.environment(accelerator.device, config.precision, accelerator.num_processes)
         meta = provenance(config, manifest, split, environment)
@@ -93,11 +97,7 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> tup
     """The configuration with everything left open decided, the same on all processes, and its run directory."""
     precision = config.precision
     if precision == "auto":
-        if accelerator.mixed_precision not in PRECISION:
-            raise ValueError(
-                f"precision must be fp32, bf16, fp16 or fp64; accelerate says {accelerator.mixed_precision}"
-            )
-        precision = PRECISION[accelerator.mixed_precision]
+        precision = PRECISION[accelerator.mixed_precision.lower()]
     run_dir = broadcast_object_list([str(run_dir_of(config, manifest.dataset))])[0]
     return replace(config, precision=precision, run_dir=run_dir), Path(run_dir)
 
@@ -133,8 +133,6 @@ def build(
     stack.callback(source.close)
     accelerator.print(f"source: {source.description}")
     several = accelerator.num_processes > 1
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        accelerator.print("engine: accelerate's dynamo backend is not used; engine.level says what is compiled")
     synchronised = several and config.model.bn == "sync"
     program = TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision)
 

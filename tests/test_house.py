@@ -32,7 +32,7 @@ LEVELS = {
     3: "methods models checkpoint runlog evaluation",
     2: "memory_bank ema schedule metrics scores sampling capture preemption",
     1: "ops",
-    0: "batch schema manifest beton tfrecord philox processes errors screen",
+    0: "batch schema manifest beton tfrecord philox processes errors screen launch",
     -1: "sealed_json hashed_file",  # what the manifest and the containers are written with
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
