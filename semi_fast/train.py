@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from semi_fast.screen import lasting_streams
 from semi_fast.sealed_json import read_json
 from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.summary import summarise
+from semi_fast.trackers import check_trackers, log, tracked
 
 PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate's name -> ours
 VIEWS = {"fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,6 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     check(config)
     check_environment()
+    check_trackers(config.log.track)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
     manifest = load_manifest(config.data.path)
@@ -68,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
     if not on_cpu and processes > gpus:
         raise RuntimeError(f"{processes} processes on this machine need as many GPUs; it has {gpus}: launch no more")
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.engine.timeout_seconds))
-    accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None, kwargs_handlers=[timeout])
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[timeout])
     try:
         if alone := started_alone(accelerator.num_processes):
             print(alone)
@@ -84,6 +87,7 @@ def run(config: Config) -> dict[str, Any]:
             preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
             if accelerator.is_main_process:
                 stack.enter_context(claimed(run_dir))
+            stack.enter_context(tracked(accelerator, config.log.track, run_dir, leaves(identity(config))))
             stack.enter_context(lost_ones_named())
             parts = engine, config, manifest, split, accelerator, environment
             return conduct(*parts, preemption, run_dir=run_dir, saved=saved)
@@ -160,7 +164,7 @@ def build(
         screen=runlog.Screen(config.method.name, steps=config.optim.steps, quiet=not main),
         checkpoints=run_dir / "checkpoints",
         meta=meta,
-        track=accelerator.log,
+        track=partial(log, accelerator),
     )
     stack.callback(engine.close)
     return engine
@@ -235,8 +239,6 @@ def conduct(
         engine.screen.line(opening(config, manifest, split, environment, engine))
         if saved is not None:
             engine.screen.line(f"resumed from {saved.path}")
-    if config.log.track:
-        accelerator.init_trackers("semi_fast", {key: str(value) for key, value in leaves(identity(config)).items()})
     try:
         engine.fit(start, preemption)
     except NonFiniteError as error:

@@ -29,7 +29,7 @@ from tests.tiny import ARGUMENTS, config
 TESTS = Path(__file__).resolve().parents[1]
 LIST = TESTS.parent / "docs" / "faults.md"
 NUMBERS = {
-    "K": 7,
+    "K": 8,
     "T": 3,
     "D": 3,
     "I": 7,
