@@ -70,8 +70,10 @@ def _visible(raw: Path) -> Iterator[Path]:
         real = os.path.realpath(folder)
         again = real in seen
         seen.add(real)
-        folders[:] = [] if again else sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(files) if not again and not name.startswith("."))
+        folders[:] = [] if again else sorted((name for name in folders if not name.startswith(".")), key=os.fsencode)
+        yield from (
+            Path(folder, name) for name in sorted(files, key=os.fsencode) if not again and not name.startswith(".")
+        )
 
 
 def _verified(root: Path) -> Manifest | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,3 +33,8 @@ class Raw:
     """`blocks` without so many first rows, for a preparation that goes on; None where they are not skipped."""
     identity: bytes = b""
     """What decides the pixels of `blocks_after`, without reading them."""
+
+
+def name_of(path: Path) -> str:
+    """The last part of a path for a manifest: its bytes as UTF-8, whatever the locale; what is none is replaced."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
