@@ -10,6 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from semi_fast.screen import lasting_streams
+
 SCORES = (
     "top1_last20",
     "balanced_accuracy_last20",
@@ -83,4 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

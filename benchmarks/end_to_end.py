@@ -19,6 +19,7 @@ from benchmarks.case import Goal
 from benchmarks.measure import Spread, paired_ratio, quartiles
 from benchmarks.reference.loop import ReferenceLoop
 from benchmarks.trainers import OURS, REFERENCE, TRAINERS, OurLoop, Seconds, Setting, Trainer, run_steps, timed
+from semi_fast.screen import lasting_streams
 
 PAPER_STEPS, PAPER_EVALUATIONS = 250_000, 500
 LAST = 20  # evaluations whose mean is the number to quote
@@ -268,4 +269,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

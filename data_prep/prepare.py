@@ -22,7 +22,7 @@ import numpy as np
 import semi_fast
 from semi_fast.data_prep.formats import RESIDENT, Formats
 from semi_fast.data_prep.progress import watched
-from semi_fast.data_prep.readers import Raw
+from semi_fast.data_prep.readers import Raw, name_of
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.readers.decoding import BadImagesError
 from semi_fast.data_prep.readers.digits import read_digits
@@ -189,7 +189,8 @@ def _publish_usable(
     print(f"note: {len(bad)} files are no usable images; the others are read again", file=sys.stderr)
     usable.source["left_out"] = len(bad)
     table = io.StringIO(newline="")
-    csv.writer(table).writerows([("file", "reason"), *((str(p.relative_to(raw)), why) for p, why in bad.items())])
+    names = [os.fsencode(path.relative_to(raw)).decode("utf-8", "surrogateescape") for path in bad]
+    csv.writer(table).writerows([("file", "reason"), *zip(names, bad.values(), strict=True)])
     content = table.getvalue().encode("utf-8", "surrogateescape")
     return publish(lambda: usable, out, arguments, formats, last=lambda manifest: write_bad(manifest.root, content))
 
@@ -300,7 +301,7 @@ def _check_classes(raw: Raw) -> None:
 
 def _name(path: Path) -> str:
     """A path's last part for the manifest, which names no machine's folders."""
-    return shlex.quote(Path(os.path.abspath(path)).name)
+    return shlex.quote(name_of(Path(os.path.abspath(path))))
 
 
 def _check_resolution(resolution: int, highest: int = 1024) -> None:

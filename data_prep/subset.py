@@ -71,8 +71,9 @@ def _visible(raw: Path) -> Iterator[Path]:
         real = os.path.realpath(folder)
         again = real in seen
         seen.add(real)
-        folders[:] = [] if again else sorted(name for name in folders if not is_ignored(name))
-        yield from (Path(folder, name) for name in sorted(files) if not (again or is_ignored(name)))
+        folders[:] = [] if again else sorted((name for name in folders if not is_ignored(name)), key=os.fsencode)
+        names = sorted(files, key=os.fsencode)
+        yield from (Path(folder, name) for name in names if not (again or is_ignored(name)))
 
 
 def _verified(root: Path) -> Manifest | None:

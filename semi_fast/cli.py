@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from semi_fast import __version__
 from semi_fast.errors import EXPECTED, exit_code, one_line
 from semi_fast.schema.config import Config
 from semi_fast.schema.semi import PRESETS, REQUIRED
+from semi_fast.screen import check_taken, lasting_streams
 
 TRAIN_HELP = """semi-fast train --config FILE [--key=value ...]
 
@@ -287,14 +287,16 @@ def normal(word: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The entry point: expected failures are one line and exit code 2 (the user's to mend) or 3 (the machine's)."""
-    try:
-        return run_command(list(sys.argv[1:] if argv is None else argv))
-    except BrokenPipeError:  # whoever read the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except EXPECTED as error:
-        print(one_line(error), file=sys.stderr)
-        return exit_code(error)
+    words = list(sys.argv[1:] if argv is None else argv)
+    with lasting_streams():
+        try:
+            code = run_command(words)
+            if words[:1] != ["train"]:  # whose results are files
+                check_taken()
+        except EXPECTED as error:
+            print(one_line(error), file=sys.stderr)
+            return exit_code(error)
+        return code
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def demo(out: Path | None = None) -> Path:
         run(replace(config, data=replace(config.data, path=str(out / "data")), run_dir=str(run_dir)))
         runs.append(run_dir)
         print()
-    print(comparison([read_run(run_dir) for run_dir in runs]).text())
     page = write_report(runs, out / "report.html")
+    print(comparison([read_run(run_dir) for run_dir in runs]).text())
     print("A demonstration on 450 test images: the numbers move by several points from seed to seed.")
     print(f"report: {page}")
     return page

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from semi_fast import processes
 from semi_fast.errors import PreemptedError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ASK_SECONDS = 1.0
 """Several processes ask one another about this often whether to stop."""
 MOST_STEPS_APART = 1000
@@ -29,7 +29,10 @@ LAUNCHED = "SEMI_FAST_LAUNCHED"
 
 
 class Preemption:
-    """While entered, SIGTERM, SIGINT or SIGUSR1 asks the run to stop; a later second one acts as it always does."""
+    """While entered, each of SIGNALS asks the run to stop; a later second one acts as it always does.
+
+    A SIGHUP that is ignored, as `nohup` has it, stays so.
+    """
 
     def __init__(self, timeout_seconds: float) -> None:
         """Several processes wait so long for one another's answer."""
@@ -42,7 +45,8 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self.before = {one: signal.signal(one, self.note) for one in SIGNALS}  # type: ignore[misc]
+            taken = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+            self.before = {one: signal.signal(one, self.note) for one in taken}  # type: ignore[misc]
         if processes.count() > 1:
             self.group = dist.new_group(backend="gloo", timeout=self.timeout)  # on the host: no wait for the device
         return self

@@ -17,12 +17,15 @@ from semi_fast.manifest import Manifest, Split, formats
 from semi_fast.runlog import DECISIVE, write_json, writing
 from semi_fast.schema.config import Config, identity, leaves
 from semi_fast.sealed_json import digest, make_directory
+from semi_fast.trackers import FOLDER
 
 OF_THE_ENGINE = {
     "step", "level", "seconds", "cpu_seconds", "training_seconds", "interval_seconds", "interval_steps",
     "interval_names", "metrics_bytes", "scaler",
 }  # fmt: skip
 """What a checkpoint says of the state, beside `provenance`."""
+BEFORE_A_RUN = ("run.lock", "status.json", FOLDER)
+"""What one that ended before it began leaves: its directory is as good as empty."""
 HOLDER_BYTES = 500
 """Of a lock, for whose it is."""
 
@@ -68,7 +71,7 @@ def checkpoint_to_resume(
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         raise RuntimeError(f"run_dir {run_dir} cannot be written: {there} is read-only here; choose another")
-    used = run_dir.exists() and any(run_dir.iterdir())
+    used = run_dir.exists() and any(path.name not in BEFORE_A_RUN for path in run_dir.iterdir())
     if resume == "none":
         if used:
             raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")

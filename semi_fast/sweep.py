@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from semi_fast.launch import check_environment
 from semi_fast.preemption import LAUNCHED
 from semi_fast.schema.config import Config, check
 from semi_fast.sealed_json import read_json
@@ -55,6 +56,7 @@ def sweep(
     others are resumed. Every CUDA device, or the CPU, has `per_device` runs at a time. If this is interrupted the runs
     are told to end. Raises ValueError for configurations that cannot be.
     """
+    check_environment()
     cells = list(cells_of(files, seeds=seeds, out=out, flags=flags))
     for cell in cells:
         check(cell.config)
@@ -75,8 +77,9 @@ def sweep(
         from semi_fast.report.run import read_run
 
         run_dirs = [cell.run_dir for cell in done]
+        page = write_report(run_dirs, out / "report.html")
         print(comparison([read_run(run_dir) for run_dir in run_dirs]).text())
-        print(f"report: {write_report(run_dirs, out / 'report.html')}")
+        print(f"report: {page}")
     return len(failed)
 
 

@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from semi_fast.ema import WeightAverage
 from semi_fast.engine import Engine
 from semi_fast.errors import EXPECTED, NonFiniteError, exit_code, one_line
 from semi_fast.evaluation import EvalSet, Evaluation
+from semi_fast.launch import check_environment, started_alone
 from semi_fast.levels import ladder, switches
 from semi_fast.manifest import Manifest, Split, load_manifest, save_split, seal_split
 from semi_fast.methods import Environment, Method, make_method
@@ -43,9 +45,11 @@ from semi_fast.rundir import checkpoint_to_resume, claimed, provenance, run_dir_
 from semi_fast.sampling import Batches, Stream, label_tables
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.schema.yaml_file import dump
+from semi_fast.screen import lasting_streams
 from semi_fast.sealed_json import read_json
 from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.summary import summarise
+from semi_fast.trackers import check_trackers, log, tracked
 
 PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate's name -> ours
 VIEWS = {"fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,6 +61,8 @@ def run(config: Config) -> dict[str, Any]:
     Raises ValueError for what the user must change, RuntimeError for the machine, NonFiniteError for numerics.
     """
     check(config)
+    check_environment()
+    check_trackers(config.log.track)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
     manifest = load_manifest(config.data.path)
@@ -66,8 +72,10 @@ def run(config: Config) -> dict[str, Any]:
     if not on_cpu and processes > gpus:
         raise RuntimeError(f"{processes} processes on this machine need as many GPUs; it has {gpus}: launch no more")
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.engine.timeout_seconds))
-    accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None, kwargs_handlers=[timeout])
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[timeout])
     try:
+        if alone := started_alone(accelerator.num_processes):
+            print(alone)
         config, run_dir = settled(config, manifest, accelerator)
         where = accelerator.device, config.precision, accelerator.num_processes
         environment = runlog.environment(*where, manifest.num_classes)
@@ -81,6 +89,7 @@ def run(config: Config) -> dict[str, Any]:
             preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
             if accelerator.is_main_process:
                 stack.enter_context(claimed(run_dir))
+            stack.enter_context(tracked(accelerator, config.log.track, run_dir, leaves(identity(config))))
             stack.enter_context(lost_ones_named())
             parts = engine, config, manifest, split, accelerator, environment
             return conduct(*parts, preemption, run_dir=run_dir, saved=saved)
@@ -94,11 +103,7 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> tup
     """The configuration with everything left open decided, the same on all processes, and its run directory."""
     precision = config.precision
     if precision == "auto":
-        if accelerator.mixed_precision not in PRECISION:
-            raise ValueError(
-                f"precision must be fp32, bf16, fp16 or fp64; accelerate says {accelerator.mixed_precision}"
-            )
-        precision = PRECISION[accelerator.mixed_precision]
+        precision = PRECISION[accelerator.mixed_precision.lower()]
     run_dir = broadcast_object_list([str(run_dir_of(config, manifest.dataset))])[0]
     return replace(config, precision=precision, run_dir=run_dir), Path(run_dir)
 
@@ -135,8 +140,6 @@ def build(
     stack.callback(source.close)
     accelerator.print(f"source: {source.description}")
     several = accelerator.num_processes > 1
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        accelerator.print("engine: accelerate's dynamo backend is not used; engine.level says what is compiled")
     synchronised = several and config.model.bn == "sync"
     program = TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision)
 
@@ -171,7 +174,7 @@ def build(
         screen=runlog.Screen(config.method.name, steps=config.optim.steps, quiet=not main),
         checkpoints=run_dir / "checkpoints",
         meta=meta,
-        track=accelerator.log,
+        track=partial(log, accelerator),
     )
     stack.callback(engine.close)
     return engine
@@ -241,8 +244,6 @@ def conduct(
         engine.screen.line(opening(config, manifest, split, environment, engine))
         if saved is not None:
             engine.screen.line(f"resumed from {saved.path}")
-    if config.log.track:
-        accelerator.init_trackers("semi_fast", {key: str(value) for key, value in leaves(identity(config)).items()})
     try:
         engine.fit(start, preemption)
     except NonFiniteError as error:
@@ -331,8 +332,7 @@ def guarded(config: Config) -> int:
     try:
         run(config)
     except EXPECTED as error:
-        with suppress(OSError):  # of a full disk behind the screen: the exit code is told in any case
-            print(one_line(error), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return exit_code(error)
     return 0
 
@@ -341,12 +341,13 @@ def main(argv: list[str] | None = None) -> int:
     from semi_fast.cli import parse_config
 
     end_with_launcher()
-    try:
-        config = parse_config(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        print(one_line(error), file=sys.stderr)
-        return exit_code(error)
-    return guarded(config)
+    with lasting_streams():
+        try:
+            config = parse_config(sys.argv[1:] if argv is None else argv)
+        except ValueError as error:
+            print(one_line(error), file=sys.stderr)
+            return exit_code(error)
+        return guarded(config)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ LEVELS = {
     4: "levels rundir",
     3.5: "step",
     3: "methods models checkpoint runlog evaluation",
-    2: "memory_bank ema schedule metrics scores sampling capture preemption",
+    2: "memory_bank ema schedule metrics scores sampling capture preemption trackers",
     1: "ops",
-    0: "batch schema manifest beton tfrecord philox processes errors",
+    0: "batch schema manifest beton tfrecord philox processes errors screen launch",
     -1: "sealed_json hashed_file",  # what the manifest and the containers are written with
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}

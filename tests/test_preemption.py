@@ -71,7 +71,7 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on_bit_for_bit(
     number: signal.Signals,
     whole: Path,
@@ -141,6 +141,19 @@ def test_a_lost_process_ends_the_other(tmp_path: Path, started: Callable[..., su
     assert psutil.wait_procs(workers, timeout=5)[1] == []
 
 
+def test_sigusr1_asks_too_and_nohup_keeps_sighup_from_it() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption(60) as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked.check(3) is None
+            signal.raise_signal(signal.SIGUSR1)
+            assert asked.check(3) is signal.SIGUSR1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with Preemption(60) as asked:
         for _ in range(2):  # as a launcher passes on what the terminal has sent
@@ -152,7 +165,8 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def test_handlers_are_put_back() -> None:
+def test_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "SIGNALS", preemption.SIGNALS[:-1])  # SIGHUP, which nohup may have had ignored
     before = [signal.getsignal(one) for one in preemption.SIGNALS]
     with Preemption(60):
         assert [signal.getsignal(one) for one in preemption.SIGNALS] != before

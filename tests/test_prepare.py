@@ -285,7 +285,7 @@ def test_the_commands_print_what_they_made(tmp_path: Path, capsys: pytest.Captur
 def test_a_terminal_gets_a_table_and_odd_class_names_stay_on_their_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd = (os.fsdecode(b"\xff\xfe"), "[bold]x", "line\nbreak")
+    odd = ("\x1b[1m", "[bold]x", "line\nbreak")
     prepare_folder(write_image_folder(tmp_path / "raw", odd), tmp_path / "data", resolution=4)
     verify_manifest(load_manifest(tmp_path / "data"))
     for terminal in (False, True):
@@ -293,7 +293,7 @@ def test_a_terminal_gets_a_table_and_odd_class_names_stay_on_their_line(
         commands.inspect(data=tmp_path / "data")
         out = capsys.readouterr().out
         assert ("┃" in out) == terminal
-        assert all(text in out for text in ("\\udcff\\udcfe", "[bold]x", "line\\nbreak"))
+        assert all(text in out for text in ("\\x1b[1m", "[bold]x", "line\\nbreak"))
 
 
 def test_verify_covers_the_splits(tmp_path: Path) -> None:

@@ -243,6 +243,20 @@ def rejects_the_second_half() -> None:
     semi.pseudo_label = rejecting
 
 
+def screen_closed() -> None:
+    """Nobody reads what is printed any more, as behind `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+
+
+def test_processes_go_on_without_a_screen(two: Run, digits: Path, tmp_path: Path) -> None:
+    """K7: neither ends, nor takes the other for lost."""
+    unseen = run(2, digits, tmp_path / "run", "--log.every=1", change=screen_closed)
+    assert unseen.read("status.json")["exit_code"] == 0
+    assert_equal(two, unseen)
+
+
 def test_a_process_whose_pseudo_labels_are_all_rejected_goes_on_as_the_other(
     two: Run, digits: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semi_fast.cli import main
 from semi_fast.data_prep.readers import Raw, check_count, cifar, image_file
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.readers.digits import read_digits
@@ -391,6 +394,38 @@ def test_an_image_folder_is_read_in_the_order_of_its_names(tmp_path: Path, test:
     unlabeled = images_of(np.arange(4) % 3, 5, 2000)
     assert np.array_equal(arrays["unlabeled"], unlabeled[[0, 2, 1, 3]])  # files, then those under deep/
     assert (raw.num_unlabeled, raw.source["files"], len(raw.source["sha256"])) == (4, 13, 64)
+
+
+NAMES = ("größe", "日本", "\uff01", "apple")
+OTHER_LOCALE = """
+import pathlib, sys
+from semi_fast.cli import main
+root = pathlib.Path(sys.argv[1])
+assert sys.getfilesystemencoding() == "ascii", "the locale is another one"
+assert main(["prepare", "folder", "--raw", str(root / "raw"), "--out", str(root / "ascii" / "data"),
+             "--resolution", "4", "--on-bad", "skip"]) == 0
+"""
+
+
+def test_the_locale_is_no_part_of_the_data(tmp_path: Path) -> None:
+    """Names of classes, the order of files, the manifest's texts and bad.csv."""
+    raw = write_image_folder(tmp_path / "größe" / "raw", NAMES, 30, test_per_class=1, side=4)
+    (raw / "train" / NAMES[0] / "größe.png").write_bytes(b"nothing")
+    flags = ["--resolution", "4", "--on-bad", "skip"]
+    assert main(["prepare", "folder", "--raw", str(raw), "--out", str(raw.parent / "utf8" / "data"), *flags]) == 0
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-c", OTHER_LOCALE, str(raw.parent)]
+    done = subprocess.run(words, env=os.environ | plain, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name in ("manifest.json", "bad.csv"):
+        ours, theirs = ((raw.parent / locale / "data" / name).read_bytes() for locale in ("utf8", "ascii"))
+        assert ours == theirs, name
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "raw", (os.fsdecode(b"not\xffutf8"), "dog"), 1, test_per_class=1, side=4)
+    with pytest.raises(ValueError, match=r"not\\udcffutf8': the name of a class must be UTF-8; rename the folder"):
+        read_image_folder(root, 4)
 
 
 def test_long_paths_work(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from semi_fast.report import write_report
 from semi_fast.report.compare import comparison
 from semi_fast.report.figures import pseudo_label_groups
+from semi_fast.report.page import replace_text
 from semi_fast.report.run import METRICS, read_run
 
 
@@ -463,3 +465,9 @@ def test_importing_the_report_is_light() -> None:
         "print({'matplotlib', 'jinja2', 'torch'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_path_that_is_no_text_costs_no_page(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, or a locale that is not: the name is shown as far as it goes."""
+    replace_text(tmp_path / "page.html", os.fsdecode(b"run \xff"))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "run ?"

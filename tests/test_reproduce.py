@@ -317,7 +317,9 @@ def test_what_cannot_be_reproduced_gets_one_line(
     refused(capsys, f"{CELL} --config=mine.yaml", "leave out --config mine.yaml")
     refused(capsys, f"{CELL} --optim.lrr=1", "there is no key optim.lrr", "optim.lr?")
     refused(capsys, f"{CELL} stray", "'stray'")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"
+    for word in launched.split():
+        monkeypatch.setenv(*word.split("="))
     refused(capsys, CELL, "accelerate launch -m semi_fast.train", f"configs/paper/{CELL}.yaml", "collects them")
     assert list(tmp_path.iterdir()) == []
 

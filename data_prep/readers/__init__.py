@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,3 +39,8 @@ def check_count(path: Path, found: int, published: int, what: str = "images") ->
     """ValueError unless a file holds as many as were published: one cut between two of them shows in nothing else."""
     if found != published:
         raise ValueError(f"{path}: must hold {published} {what}; got {found}: not the published file, get it again")
+
+
+def name_of(path: Path) -> str:
+    """The last part of a path for a manifest: its bytes as UTF-8, whatever the locale; what is none is replaced."""
+    return os.fsencode(path.name).decode("utf-8", "replace")

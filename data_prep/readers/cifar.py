@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from semi_fast.data_prep.readers import Raw, check_count
+from semi_fast.data_prep.readers import Raw, check_count, name_of
 from semi_fast.data_prep.restricted_unpickler import load_dict
 
 SIDE = 32
@@ -100,7 +100,7 @@ def read_cifar(dataset: str, raw: Path) -> Raw:
         labels={"train": np.concatenate(train), "test": test},
         num_unlabeled=0,
         blocks=iter([(part, _nhwc(rows)) for part, (rows, _) in zip(parts, batches, strict=True)]),
-        source={"reader": "cifar binary" if binary else "cifar python", "name": folder.name, "sha256": digests},
+        source={"reader": "cifar binary" if binary else "cifar python", "name": name_of(folder), "sha256": digests},
         statistics=spec.statistics,
     )
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from semi_fast.data_prep.readers import Raw, check_count
+from semi_fast.data_prep.readers import Raw, check_count, name_of
 from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, load_table
 from semi_fast.data_prep.readers.kept_chunks import identity
 from semi_fast.data_prep.restricted_unpickler import StoredArray, load_stored_dict
@@ -78,7 +78,7 @@ def read_batches(found: dict[str, list[Path]], raw: Path, resolution: int | None
     table = load_table()
     labels = {part: table.class_of[of_part] for part, of_part in synsets.items()}
     digests: dict[str, str] = {}
-    source: dict[str, Any] = {"reader": "downsampled imagenet", "name": raw.resolve().name, "sha256": digests}
+    source: dict[str, Any] = {"reader": "downsampled imagenet", "name": name_of(raw.resolve()), "sha256": digests}
     return Raw(
         dataset="imagenet127",
         class_names=table.class_names,

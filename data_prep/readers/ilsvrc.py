@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from semi_fast import philox
-from semi_fast.data_prep.readers import Raw
+from semi_fast.data_prep.readers import Raw, name_of
 from semi_fast.data_prep.readers.decoding import decoded_blocks
 from semi_fast.data_prep.readers.image_file import REFUSED, Accepted, Recipe
 from semi_fast.data_prep.readers.image_folder import Listing, check_regular, check_same, listed
@@ -57,7 +57,7 @@ def read_ilsvrc(
     test_labels = np.searchsorted(present, classes["test"])
     source: dict[str, Any] = {
         "reader": "ilsvrc folders",
-        "name": Path(os.path.abspath(raw)).name,
+        "name": name_of(Path(os.path.abspath(raw))),
         "files": sum(map(len, files.values())),
         "hidden_files_ignored": listing.hidden,
     }

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from semi_fast.data_prep.readers import Raw
+from semi_fast.data_prep.readers import Raw, name_of
 from semi_fast.data_prep.readers.decoding import SHOWN, decoded_blocks
 from semi_fast.data_prep.readers.image_file import REFUSED, Accepted, Recipe
 
@@ -42,7 +42,7 @@ class Listing:
 
     def visible(self, folder: Path) -> list[Path]:
         """What is in `folder`; links must lead to something, inside `raw` unless they are followed."""
-        everything = sorted(folder.iterdir())
+        everything = sorted(folder.iterdir(), key=os.fsencode)  # as UTF-8 has it, whatever the locale
         paths = [path for path in everything if not is_ignored(path.name)]
         self.hidden += len(everything) - len(paths)
         outside = [p for p in paths if p.is_symlink() and not self._leads_inside(p)]
@@ -70,7 +70,7 @@ def read_image_folder(raw: Path, resolution: int, accepted: Accepted = REFUSED, 
     names_of = {part: [str(path.relative_to(raw)) for path in paths] for part, paths in files.items()}
     source: dict[str, Any] = {
         "reader": "folder",
-        "name": Path(os.path.abspath(raw)).name,
+        "name": name_of(Path(os.path.abspath(raw))),
         "files": sum(map(len, files.values())),
         "hidden_files_ignored": listing.hidden,
     }
@@ -111,16 +111,26 @@ def _class_files(listing: Listing, part: Path) -> dict[str, list[Path]]:
     if stray:
         raise ValueError(f"{part} must hold one folder per class; {listed(stray)} are files")
     seen: dict[str, str] = {}
+    files: dict[str, list[Path]] = {}
     for folder in folders:
-        other = seen.setdefault(unicodedata.normalize("NFC", folder.name).casefold(), folder.name)
-        if other != folder.name:
-            raise ValueError(f"{part}: class names must differ in more than case; {listed([other, folder.name])}")
-    files = {folder.name: listing.visible(folder) for folder in folders}
+        name = class_name(folder)
+        other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise ValueError(f"{part}: class names must differ in more than case; {listed([other, name])}")
+        files[name] = listing.visible(folder)
     for name, paths in files.items():
         if not paths:
-            raise ValueError(f"{part / name}: class {name!r} has no image; add some or remove the class everywhere")
+            raise ValueError(f"{part}/{name}: class {name!r} has no image; add some or remove the class everywhere")
         check_regular(paths)
     return files
+
+
+def class_name(folder: Path) -> str:
+    """The folder's name, read as UTF-8 whatever the locale: it is part of the data's digest."""
+    try:
+        return os.fsencode(folder.name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(folder)!r}: the name of a class must be UTF-8; rename the folder everywhere") from None
 
 
 def _unlabeled_files(listing: Listing) -> list[Path]:

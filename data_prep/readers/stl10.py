@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from semi_fast.data_prep.readers import Raw, check_count
+from semi_fast.data_prep.readers import Raw, check_count, name_of
 from semi_fast.data_prep.readers.kept_chunks import identity
 
 FOLDER = "stl10_binary"
@@ -39,7 +39,7 @@ def read_stl10(raw: Path, resolution: int) -> Raw:
         _check_size(folder / f"{part}_X.bin", RECORD_BYTES, count, "images")
     digests: dict[str, str] = {}
     labels = {part: _labels(folder / f"{part}_y.bin", COUNTS[part], digests) for part in ("train", "test")}
-    source: dict[str, Any] = {"reader": "stl10 binary", "name": folder.name, "sha256": digests}
+    source: dict[str, Any] = {"reader": "stl10 binary", "name": name_of(folder), "sha256": digests}
     return Raw(
         dataset="stl10",
         class_names=CLASS_NAMES,

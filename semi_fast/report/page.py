@@ -90,7 +90,7 @@ def replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:  # of paths that are no text
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

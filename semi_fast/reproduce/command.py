@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semi_fast.data_prep.long_tail import split_for
+from semi_fast.launch import check_environment
 from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
 from semi_fast.report.compare import Table
 from semi_fast.reproduce.cells import Cell, find
@@ -46,6 +47,7 @@ def reproduce(
     from semi_fast.train import run
 
     cell = find(name)
+    check_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "reproduce is one process; train each seed with accelerate launch -m semi_fast.train --config "
@@ -67,12 +69,12 @@ def reproduce(
         print()
     result = against_paper(cell, summaries)
     comparable, remarks = verdict(cell, published, config, short=short, runs=len(seeds))
+    path = root / "reproduce.json"
+    write_json(path, document(cell, result, remarks, summaries, comparable=comparable))
     print(f"{cell.title} ({cell.source}: {name})\n\n{result.text()}")
     print(f"protocol: {protocol(summaries[0])}")
     for line in (*remarks, *(f"caveat: {caveat}" for caveat in cell.caveats)):
         print(line)
-    path = root / "reproduce.json"
-    write_json(path, document(cell, result, remarks, summaries, comparable=comparable))
     print(f"written: {path}")
     return path
 

@@ -54,4 +54,5 @@ class LogConfig:
     every: int = 100
     """Steps between progress lines; between them, evaluations and checkpoints the loop never waits for the device."""
     track: tuple[str, ...] = ()
-    """accelerate trackers to report to, such as tensorboard or wandb."""
+    """accelerate's trackers to report to, such as [tensorboard] or [wandb], each installed; TensorBoard, W&B, Aim and
+    DVCLive write under `trackers/` in the run directory."""

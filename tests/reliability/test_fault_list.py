@@ -29,7 +29,7 @@ from tests.tiny import ARGUMENTS, config
 TESTS = Path(__file__).resolve().parents[1]
 LIST = TESTS.parent / "docs" / "faults.md"
 NUMBERS = {
-    "K": 6,
+    "K": 8,
     "T": 4,
     "D": 3,
     "I": 7,
@@ -37,7 +37,7 @@ NUMBERS = {
     "N": 4,
     "M": 2,
     "W": 1,
-    "G": 2,
+    "G": 3,
     "R": 4,
     "S": 5,
     "C": 1,

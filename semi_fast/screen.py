@@ -1,0 +1,84 @@
+"""Standard output and error that last: what they cannot show is replaced, and who no longer reads them ends nothing."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+NO_READER = {errno.EPIPE, errno.ECONNRESET, errno.EIO}
+"""Of an OSError: whoever read has enough of it, or the terminal is gone."""
+
+
+class Lasting(io.FileIO):
+    """A descriptor that takes whatever is written; from the first failure on it leads nowhere."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            while (written := super().write(data)) is None:  # a pipe that is full and does not block
+                select.select([], [self], [])
+        except OSError as error:
+            self.failure = error
+            lead_nowhere(self.fileno())
+            return memoryview(data).nbytes
+        return written
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Meanwhile `sys.stdout` and `sys.stderr` take whatever is printed; those of a test or a notebook are left."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = ours = lasting(sys.stdout, 1), lasting(sys.stderr, 2)
+    try:
+        yield
+    finally:
+        for stream in ours:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def lasting(stream: TextIO | None, number: int) -> TextIO:
+    """The stream, on a Lasting descriptor if it has one; None, which Python has for a closed one, leads nowhere."""
+    if stream is None:
+        lead_nowhere(number)
+        return open(number, "w", encoding="utf-8", closefd=False)
+    if not isinstance(stream, io.TextIOWrapper) or not has_descriptor(stream):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(Lasting(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors="replace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def has_descriptor(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() >= 0
+    except io.UnsupportedOperation:
+        return False
+
+
+def lead_nowhere(number: int) -> None:
+    """Point a descriptor at the null device."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def check_taken() -> None:
+    """Raise RuntimeError if standard output was refused by anything but a reader who has enough: a full disk, say."""
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(raw, Lasting) and raw.failure is not None and raw.failure.errno not in NO_READER:
+        raise RuntimeError(f"standard output could not be written: {raw.failure.strerror}; what it lacks is lost")

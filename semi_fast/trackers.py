@@ -1,0 +1,77 @@
+"""Trackers that a run reports to, through accelerate: what a run says to others, who never end it once it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, filter_trackers, get_available_trackers
+from accelerate.utils import LoggerType
+
+FOLDER = "trackers"
+"""In the run directory: what they write, where they can be told."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for the first name that accelerate does not know, or whose package is not installed."""
+    installed = [str(one) for one in get_available_trackers()]
+    known = [name for name in LoggerType.list() if name != "all"]
+    for name in names:
+        if name == "all":
+            here = f"here: {', '.join(installed) or 'none'}"
+            raise ValueError(
+                f"log.track must name each tracker, as installed ones may have no account ({here}); got all"
+            )
+        if name not in known:
+            raise ValueError(f"log.track must be of {', '.join(known)}; got {name}")
+        if name not in installed:
+            raise ValueError(f"log.track names {name}, which is not installed: pip install {name}, or leave it out")
+
+
+@contextmanager
+def tracked(accelerator: Accelerator, names: Sequence[str], run_dir: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Meanwhile `log` reaches the trackers `names`, which are begun with `config` and ended.
+
+    Raises ValueError, which names it, for the first one that does not begin, such as one without an account.
+    """
+    folder, told = run_dir / FOLDER, {key: str(value) for key, value in config.items()}
+    begun: list[GeneralTracker] = []
+    try:
+        if names and accelerator.is_main_process:
+            folder.mkdir(exist_ok=True)
+        where = {"wandb": {"dir": str(folder)}, "dvclive": {"dir": str(folder / "dvclive")}}
+        accelerator.project_configuration.logging_dir = str(folder)
+        for one in filter_trackers(list(names), folder):
+            accelerator.log_with, accelerator.trackers = [one], []
+            try:
+                accelerator.init_trackers("semi_fast", told, init_kwargs=where)
+            except Exception as error:  # they raise what they like
+                raise ValueError(f"log.track: {one} does not begin: {error}; mend that, or leave it out") from error
+            begun += accelerator.trackers
+        accelerator.trackers = begun
+        yield
+    finally:
+        accelerator.trackers = begun
+        for tracker in tuple(begun):
+            carry_out(accelerator, tracker, tracker.finish)
+        accelerator.trackers = []
+
+
+def log(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
+    """Report to every tracker."""
+    for tracker in tuple(accelerator.trackers):
+        carry_out(accelerator, tracker, tracker.log, values, step=step)
+
+
+def carry_out(accelerator: Accelerator, tracker: Any, call: Any, *args: Any, **kwargs: Any) -> None:
+    """A call of a tracker; one that fails is said, and gets no more."""
+    try:
+        call(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001, they raise what they like, and the run goes on
+        accelerator.trackers.remove(tracker)
+        accelerator.print(
+            f"warning: log.track: {tracker.name} failed ({' '.join(str(error).split())}): it gets no more"
+        )
