@@ -92,13 +92,15 @@ def with_run(files: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
     is given, and its directory. ValueError if that is no run, or if run_dir is given and another."""
     given = {key_of(flag): flag.partition("=")[2] for flag in flags}
     path = Path(given.get("resume", "none")).expanduser()
-    if given.get("resume") in (None, "none", "auto") or not path.is_dir():
+    if given.get("resume") in (None, "none", "auto"):
         return files, flags
+    if not path.is_dir():
+        raise ValueError(f"resume must be none, auto, a run or a checkpoint; {path} is no directory")
     whole = any((path / name).exists() for name in (OWN_FILE, CHECKPOINTS))
     run_dir = path if whole else path.resolve().parent.parent
     own = run_dir / OWN_FILE
     if not files and not own.is_file():
-        raise ValueError(f"resume must name a run, or a checkpoint in one; got {path}: {own} is missing, mend the path")
+        raise ValueError(f"resume must name a run or a checkpoint of one; {path} is in none that has a {OWN_FILE}")
     if not whole:  # whether it is one of run_dir is looked at where it is loaded
         return files or [str(own)], flags if files or "run_dir" in given else [*flags, f"--run_dir={run_dir}"]
     if "run_dir" in given and Path(given["run_dir"]).expanduser().resolve() != run_dir.resolve():

@@ -19,13 +19,10 @@ class Range:
     open_high: bool = False
 
     def holds(self, value: float) -> bool:
-        """Also where the value has become a float32; integers are never rounded."""
-        seen = [value, single(value)] if isinstance(value, float) else [value]
-        return all(
-            (self.low < one if self.open_low else self.low <= one)
-            and (one < self.high if self.open_high else one <= self.high)
-            for one in seen
-        )
+        """An open end is not reached by rounding to float32 either; integers are never rounded."""
+        rounded = single(value) if isinstance(value, float) else value
+        above = self.low < min(value, rounded) if self.open_low else self.low <= value
+        return above and (max(value, rounded) < self.high if self.open_high else value <= self.high)
 
     def __str__(self) -> str:
         low, high = (f"{end:g}" if isinstance(end, float) else str(end) for end in (self.low, self.high))
