@@ -68,6 +68,7 @@ def test_what_is_beyond_a_range_is_refused_by_its_key_and_the_ends_are_not(key: 
 )
 @example(key="run_dir", value="2020-01-01", in_file=True)
 @example(key="data.path", value="!!binary x", in_file=True)
+@example(key="augment.cutout", value="!!int", in_file=False)
 @example(key="log.track", value="[1, [2]]", in_file=True)
 def test_any_value_of_any_key_is_a_configuration_that_reads_back_or_one_line(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: str, in_file: bool

@@ -53,6 +53,10 @@ def read_arguments(argv: Sequence[str]) -> tuple[Config, set[str]]:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(readable(" ".join(str(error).split()))) from error
+    except (LookupError, AttributeError) as error:  # PyYAML's, for a value that is not what its !!tag says
+        raise ValueError("a flag's value does not fit its tag; leave out what begins with !!") from error
+    except RecursionError as error:
+        raise ValueError("a flag's value is nested too deep; write it out") from error
     if "method.semi.preset" in as_flags:
         for key, value in PRESETS[preset].items():
             found = getattr(parsed.method.semi, key)
