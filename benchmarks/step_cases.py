@@ -21,7 +21,6 @@ from benchmarks.measure import Work
 from semi_fast import train
 from semi_fast.batch import Rows
 from semi_fast.capture import rehearse
-from semi_fast.cli import parse_config
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.data_prep.prepare import publish
 from semi_fast.data_prep.readers import Raw
@@ -30,6 +29,7 @@ from semi_fast.levels import Level, compile_obstacle
 from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
 from semi_fast.methods.base import Loss
 from semi_fast.processes import gather_rows, sums
+from semi_fast.schema.arguments import below, parse_config
 from semi_fast.schema.config import Config, check
 
 BLOCK = 4096  # images made at once
@@ -163,7 +163,7 @@ def configured(shape: Shape, manifest: Manifest, device: torch.device, flags: Se
     ]
     if not any(flag.startswith("--split.") for flag in flags):
         common.append(f"--split.labeled_fraction={LABELED_SHARE}")
-    config = parse_config([*common, *flags])
+    config = parse_config(below(flags, common))
     check(config)
     return config
 

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from benchmarks import measure, pipelines
 from benchmarks.reference.loop import ReferenceLoop, check_rendered
-from semi_fast.cli import parse_config
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
+from semi_fast.schema.arguments import below, parse_config
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
 from semi_fast.train import build
@@ -100,8 +100,7 @@ def settings(data: Path, flags: Sequence[str], workers: int | None) -> Setting:
     """
     given = {flag.partition("=")[0] for flag in flags}
     small = [] if "--config" in given else ["--config", str(Path(__file__).resolve().parents[1] / SMALL)]
-    device = [] if "--device" in given else ["--device=auto"]
-    config = parse_config([*small, "--precision=fp32", *device, *flags, f"--data.path={data}"])
+    config = parse_config([*small, *below(flags, ["--precision=fp32", "--device=auto"]), f"--data.path={data}"])
     check_rendered(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,6 +142,7 @@ def split(
     saved = save_split(make_split(manifest, name, config), path)
     _print_table(("class", "labeled", "unlabeled"), _class_rows(manifest, [saved]))
     _print_split(saved)
+    print(f"train on it with --split.file={shlex.quote(name)}")
     print(path)
 
 

@@ -38,6 +38,13 @@ class Formats:
             raise ValueError("--image-format jpeg does not keep the pixels exactly: add resident or ffcv to --formats")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality must lie in 1..100; got {self.quality}")
+        if self.quality != Formats.quality and self.image_format != "jpeg":
+            raise ValueError(f"--quality is of --image-format jpeg; got {self.image_format}: leave out --quality")
+        if self.image_format != "raw" and "dali" not in self.names:
+            raise ValueError(
+                f"--image-format {self.image_format} is of DALI's shards; got --formats {','.join(self.names)}: add "
+                "dali, or leave out --image-format"
+            )
 
     @property
     def arguments(self) -> str:

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
 from semi_fast import philox
 from semi_fast.manifest import Manifest, Split, find_split, load_split, true_counts
-from semi_fast.schema.split import SplitConfig
+from semi_fast.schema.ranges import must_hold
+from semi_fast.schema.split import RULES, Rule, SplitConfig, rules
 
-
-@dataclass(frozen=True)
-class Rule:
-    """What a published protocol does within a class."""
-
-    shuffle: Literal["never", "unless seed is 0", "always"]
-    labeled_in_unlabeled: bool
-    """Whether the unlabeled set begins, class by class, with the labeled images."""
-
-
-# The protocols by their properties; the random streams are ours, so index lists made by their code do not carry over.
-# semi   first N_k in file order; no seed (SeMi, ACR).
-# cossl  the same, but each class is shuffled when the seed is not 0 (CoSSL; there with numpy's global generator).
-# daso   the labeled images leave the unlabeled set; each class shuffled by the seed (DASO, which also always holds
-#        validation images out: here `validation_per_class` says so for every rule).
-# usb    as daso (USB draws its permutations from the global generator and holds nothing out). At one seed daso and usb
-#        choose the same images here; both names exist so that a run says whose protocol it follows.
-RULES = {
-    "semi": Rule(shuffle="never", labeled_in_unlabeled=True),
-    "cossl": Rule(shuffle="unless seed is 0", labeled_in_unlabeled=True),
-    "daso": Rule(shuffle="always", labeled_in_unlabeled=False),
-    "usb": Rule(shuffle="always", labeled_in_unlabeled=False),
-}
-
-SHAPES = ("consistent", "uniform", "reversed")
+SHOWN_SPLITS = 3
+"""In a message."""
 
 
 def class_counts(maximum: int, num_classes: int, ratio: float) -> list[int]:
@@ -51,9 +29,19 @@ def class_counts(maximum: int, num_classes: int, ratio: float) -> list[int]:
 
 def split_for(manifest: Manifest, name: str, config: SplitConfig) -> Split:
     """The split a training config asks for: the file it names, else one made from its keys."""
-    if config.file is not None:
-        return load_split(find_split(manifest, config.file), manifest)
-    return make_split(manifest, name, config)
+    if config.file is None:
+        return make_split(manifest, name, config)
+    path = find_split(manifest, config.file)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such split file{splits_there(manifest)}; make one with `semi-fast split`")
+    return load_split(path, manifest)
+
+
+def splits_there(manifest: Manifest) -> str:
+    """How the first splits under DATA/splits are taken, for a message; empty if there is none."""
+    names = sorted(path.stem for path in (manifest.root / "splits").glob("*.json") if not path.name.startswith("."))
+    taken = ", ".join(f"--split.file={name}" for name in names[:SHOWN_SPLITS])
+    return f"; {manifest.root} has {taken}{', ...' if len(names) > SHOWN_SPLITS else ''}" if names else ""
 
 
 def make_split(manifest: Manifest, name: str, config: SplitConfig) -> Split:
@@ -65,7 +53,7 @@ def make_split(manifest: Manifest, name: str, config: SplitConfig) -> Split:
     set. `unlabeled_max=0` keeps all train rows out of the unlabeled set, labeled ones
     too. The manifest's unlabeled part, where there is one, is always added whole (STL-10: semi with unlabeled_max=0).
     """
-    _check(config)
+    must_hold(rules(config))
     rule, labels, num_classes = RULES[config.rule], manifest.labels("train"), manifest.num_classes
     order = _class_orders(labels, num_classes, rule, config.seed)
     held = config.validation_per_class
@@ -149,35 +137,6 @@ def _join(rows: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(rows).astype(np.int64)
 
 
-def _check(config: SplitConfig) -> None:
-    if config.rule not in RULES:
-        raise ValueError(f"split.rule must be one of {', '.join(RULES)}; got {config.rule!r}")
-    if config.unlabeled_shape not in SHAPES:
-        raise ValueError(f"split.unlabeled_shape must be one of {', '.join(SHAPES)}; got {config.unlabeled_shape!r}")
-    for key, lowest in (("labeled_max", 1), ("unlabeled_max", 0), ("validation_per_class", 0), ("seed", 0)):
-        value = getattr(config, key)
-        if value is not None and value < lowest:
-            raise ValueError(f"split.{key} must be at least {lowest}; got {value}")
-    if config.seed >= 2**64:
-        raise ValueError(f"split.seed must be below 2**64; got {config.seed}")
-    fraction = config.labeled_fraction
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"split.labeled_fraction must lie in (0, 1]; got {fraction}")
-    if fraction is not None and config.labeled_max is not None:
-        raise ValueError(
-            f"split.labeled_fraction and split.labeled_max both say how many images are labeled; got {fraction} and "
-            f"{config.labeled_max}: set one of them to null"
-        )
-    for key, maximum in (("imbalance_labeled", "labeled_max"), ("imbalance_unlabeled", "unlabeled_max")):
-        ratio = getattr(config, key)
-        if not 1 <= ratio < math.inf:
-            raise ValueError(f"split.{key} must be at least 1 (largest over smallest class); got {ratio}")
-        if ratio != 1 and getattr(config, maximum) is None:
-            raise ValueError(f"split.{key}={ratio} needs split.{maximum}, the largest class's count; got null")
-    if config.unlabeled_shape != "consistent" and config.unlabeled_max is None:
-        raise ValueError(f"split.unlabeled_shape={config.unlabeled_shape} needs split.unlabeled_max; got null")
-
-
 def _check_available(
     manifest: Manifest, config: SplitConfig, labeled: list[int], unlabeled: list[int], available: list[int]
 ) -> None:
@@ -195,5 +154,5 @@ def _check_available(
             raise ValueError(
                 f"class {name!r} has {a + held} train images, but {max(n, 0)} labeled + {max(m, 0)} unlabeled + {held} "
                 f"held out are asked for; lower split.{_labeled_key(config)}, split.unlabeled_max or "
-                "split.validation_per_class"
+                f"split.validation_per_class{splits_there(manifest)}"
             )

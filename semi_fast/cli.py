@@ -1,9 +1,9 @@
-"""The command line: `semi-fast <command>`; the only place that parses arguments."""
+"""The command line: `semi-fast <command>`; what `train` takes is read by `semi_fast.schema.arguments`."""
 
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,11 @@ from typing import Any, NoReturn
 
 from semi_fast import __version__
 from semi_fast.errors import EXPECTED, exit_code, one_line
-from semi_fast.schema.config import Config
-from semi_fast.schema.semi import PRESETS, REQUIRED
+from semi_fast.schema.arguments import ordered, parse_config
 from semi_fast.screen import check_taken, lasting_streams
 
-TRAIN_HELP = """semi-fast train --config FILE [--key=value ...]
-
-Every key of the configuration is a flag (`--optim.lr=0.1`); defaults < file < flags, wherever a flag stands.
-`accelerate launch -m semi_fast.train` takes the same arguments. `semi-fast train --help` lists the keys."""
+PATH = os.path.expanduser
+"""Of an argument: `~`, which shells leave as it is behind an equals sign."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -26,88 +23,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
-
-
-def parse_config(argv: Sequence[str]) -> Config:
-    """The configuration that the arguments of `semi-fast train` describe; ValueError in one line if they do not."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from semi_fast.schema.yaml_file import check_file
-
-    parser = ArgumentParser(prog="semi-fast train", exit_on_error=False, description=TRAIN_HELP)
-    parser.add_argument("--config", action="config", help="YAML file of keys; may be given more than once")
-    parser.add_class_arguments(Config)
-    files, flags = ordered(argv)
-    in_files = {key for file in files for key in check_file(Path(file))}
-    as_flags = {flag[2:].partition("=")[0] for flag in flags}
-    arguments = [*(f"--config={file}" for file in files), *flags]
-    try:
-        parsed = parser.parse_args(arguments)
-        preset = parsed.method.semi.preset
-        parser.set_defaults({f"method.semi.{key}": value for key, value in PRESETS[preset].items()})
-        parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise ValueError(readable(" ".join(str(error).split()))) from error
-    if "method.semi.preset" in as_flags:
-        for key, value in PRESETS[preset].items():
-            found = getattr(parsed.method.semi, key)
-            if found != value and f"method.semi.{key}" in in_files - as_flags:
-                raise ValueError(
-                    f"method.semi.preset={preset} has {key} {value}, but the file sets {found}: "
-                    f"give --method.semi.{key} too, to say which"
-                )
-    for key in REQUIRED.get(preset, ()):
-        if f"method.semi.{key}" not in in_files | as_flags:
-            raise ValueError(
-                f"method.semi.{key} must be given with preset {preset}: its sources differ; see docs/methods.md"
-            )
-    del parsed["config"]
-    values = parser.instantiate(parsed)
-    return Config(**{key: values[key] for key in Config.__dataclass_fields__})
-
-
-def readable(message: str) -> str:
-    """What jsonargparse says of a value of the wrong type, as rule and value; any other message as it is."""
-    found = re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)', message)
-    if found is None:
-        return message
-    key, kind, value = found.groups()
-    if kind.startswith("typing.Literal["):
-        rule = "be one of " + kind.removeprefix("typing.Literal[").removesuffix("]").replace("'", "")
-    elif kind == "<class 'tuple'>":
-        rule = "be a list, [NAME, ...]"
-    else:
-        rule = "be of type " + re.sub(r"<class '(\w+)'>", r"\1", kind)
-    return f"{key} must {rule}; got {value}"
-
-
-def ordered(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(configuration files, flags as `--key=value`), with `-` and `_` the same and every key known and whole."""
-    from semi_fast.schema.yaml_file import check_keys
-
-    files: list[str] = []
-    flags: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            flags.append("--help")
-            continue
-        if not word.startswith("--"):
-            raise ValueError(f"arguments are flags, --key=value; got {word!r}")
-        name, equals, value = word[2:].partition("=")
-        key = name.replace("-", "_")
-        if key != "config":
-            check_keys([key], "command line")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ValueError(f"--{name} needs a value: --{name}=VALUE")
-            value = words.pop(0)
-        if key == "config":
-            files.append(value)
-        else:
-            flags.append(f"--{key}={value}")
-    return files, flags
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -122,8 +37,10 @@ def make_parser() -> argparse.ArgumentParser:
     command("train", "train as a configuration says (all its keys: semi-fast train --help)")
     prepare = command("prepare", "turn raw data into a prepared data set")
     prepare.add_argument("dataset", choices=["cifar10", "cifar100", "stl10", "imagenet127", "folder", "digits"])
-    prepare.add_argument("--raw", metavar="DIR", help="the raw data, as published or train/<class>/*, test/<class>/*")
-    prepare.add_argument("--out", required=True, metavar="DIR", help="where the prepared data set goes")
+    prepare.add_argument(
+        "--raw", type=PATH, metavar="DIR", help="the raw data, as published or train/<class>/*, test/<class>/*"
+    )
+    prepare.add_argument("--out", required=True, type=PATH, metavar="DIR", help="where the prepared data set goes")
     prepare.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the images (not of CIFAR)")
 
     prepare.add_argument(
@@ -146,16 +63,18 @@ def make_parser() -> argparse.ArgumentParser:
     add_split_flags(prepare.add_argument_group("a split, whose rows alone are then prepared"))
 
     split = command("split", "write a hashed split file: labeled, unlabeled and validation samples")
-    split.add_argument("data", metavar="DATA")
+    split.add_argument("data", type=PATH, metavar="DATA")
     split.add_argument("--name", required=True, help="the file is DATA/splits/NAME.json")
     add_split_flags(split)
 
     inspect = command("inspect", "print classes, counts and splits of a prepared data set")
-    inspect.add_argument("data", metavar="DATA")
+    inspect.add_argument("data", type=PATH, metavar="DATA")
     verify = command("verify", "hash a prepared data set again and compare")
-    verify.add_argument("data", metavar="DATA")
+    verify.add_argument("data", type=PATH, metavar="DATA")
     demo = command("demo", "train three methods on the bundled digits and compare them, in about a minute on a CPU")
-    demo.add_argument("--out", metavar="DIR", help="where everything goes; default: a fresh directory under runs/")
+    demo.add_argument(
+        "--out", type=PATH, metavar="DIR", help="where everything goes; default: a fresh directory under runs/"
+    )
     reproduce = command("reproduce", "train a cell of the paper's tables and print it beside the paper's value")
     reproduce.add_argument("cell", nargs="?", metavar="CELL", help="table1/semi/cifar10_lt/n500_m4000_g100; see --list")
     reproduce.add_argument(
@@ -163,19 +82,25 @@ def make_parser() -> argparse.ArgumentParser:
     )
     reproduce.add_argument("--seeds", default="0,1,2", metavar="K,...", help="one run each; default 0,1,2")
     reproduce.add_argument("--steps", type=int, metavar="N", help="shorten the runs; the result says so")
-    reproduce.add_argument("--data", metavar="DATA", help="the prepared data set; default: the cell's data.path")
-    reproduce.add_argument("--out", metavar="DIR", help="where the runs go; default: runs/paper/CELL")
+    reproduce.add_argument(
+        "--data", type=PATH, metavar="DATA", help="the prepared data set; default: the cell's data.path"
+    )
+    reproduce.add_argument("--out", type=PATH, metavar="DIR", help="where the runs go; default: runs/paper/CELL")
     reproduce.epilog = "Further flags are keys of the configuration, --key=value; what they change is said."
     sweep = command("sweep", "train several configurations with several seeds, one process each, on all devices")
-    sweep.add_argument("files", nargs="+", metavar="FILE", help="configurations; a run is OUT/<name of FILE>/seed_K")
+    sweep.add_argument(
+        "files", nargs="+", type=PATH, metavar="FILE", help="configurations; a run is OUT/<name of FILE>/seed_K"
+    )
     sweep.add_argument("--seeds", default="0,1,2", metavar="K,...", help="one run each; default 0,1,2")
-    sweep.add_argument("--out", required=True, metavar="DIR", help="where the runs and their comparison go")
+    sweep.add_argument("--out", required=True, type=PATH, metavar="DIR", help="where the runs and their comparison go")
     sweep.add_argument("--per-device", type=int, default=1, metavar="N", help="runs at a time on a GPU, or on the CPU")
     sweep.epilog = "Further flags are keys of the configuration, --key=value, for all runs."
     command("doctor", "say what is installed, what is missing, and the command that mends it")
     report = command("report", "write one page over one or several runs")
-    report.add_argument("runs", nargs="+", metavar="RUN")
-    report.add_argument("--out", metavar="FILE", help="default: report.html in the run, or in the folder of the first")
+    report.add_argument("runs", nargs="+", type=PATH, metavar="RUN")
+    report.add_argument(
+        "--out", type=PATH, metavar="FILE", help="default: report.html in the run, or in the folder of the first"
+    )
     return parser
 
 
@@ -201,7 +126,9 @@ def run_command(argv: list[str]) -> int:
         from semi_fast.train import guarded
 
         return guarded(config)
-    known, others = make_parser().parse_known_args([normal(word) for word in argv])
+    words = [normal(word) for word in argv]
+    check_once(words)
+    known, others = make_parser().parse_known_args(words)
     arguments = vars(known)
     name = arguments.pop("command")
     if name == "reproduce":
@@ -247,6 +174,8 @@ def run_reproduce(
 ) -> int:
     """`semi-fast reproduce`; `others` are the words that are keys of the configuration."""
     if listed:
+        if given := [word for word in (cell, steps and "--steps", data and "--data", out and "--out", *others) if word]:
+            raise ValueError(f"reproduce --list shows all cells; leave out {' '.join(given)}")
         from semi_fast.reproduce.cells import listing
 
         print(listing())
@@ -277,6 +206,14 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if not all(word.isdecimal() for word in words) or len(set(map(int, words))) != len(words):
         raise ValueError(f"--seeds must be different whole numbers, K,K,...; got {text}")
     return tuple(map(int, words))
+
+
+def check_once(words: Sequence[str]) -> None:
+    """Raise ValueError for a flag that stands twice, of which one would be dropped; `--config` may."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1 and flag != "--config":
+            raise ValueError(f"{flag} is given twice; keep one")
 
 
 def normal(word: str) -> str:

@@ -103,7 +103,7 @@ class Engine:
                 self.clock.lap()
             if asked:
                 self.screen.close()
-                raise stop(asked, done)
+                raise stop(asked, done, self.checkpoints.parent)
         self.screen.close()
 
     def one_step(self, step: int) -> None:

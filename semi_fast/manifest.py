@@ -127,7 +127,10 @@ def load_manifest(root: str | Path) -> Manifest:
     root = Path(root)
     path = root / MANIFEST_FILE
     if not path.is_file():
-        raise ValueError(f"{root} has no {MANIFEST_FILE}: not a prepared data set; make one with `semi-fast prepare`")
+        where = "" if root.is_absolute() else f" (in {Path.cwd()}; name it in full to read it from anywhere)"
+        raise ValueError(
+            f"{root}{where} has no {MANIFEST_FILE}: not a prepared data set; make one with `semi-fast prepare`"
+        )
     document = read_sealed(path, SCHEMA_VERSION)
     try:
         manifest = _parsed(root, document)

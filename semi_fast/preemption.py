@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import signal
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -84,9 +86,11 @@ class Preemption:
         return signal.Signals(-int(answer[0])) if answer[0] else None
 
 
-def stop(asked: signal.Signals, done: int) -> PreemptedError:
-    """What ends a run that was asked to, after its checkpoint of step `done`."""
-    return PreemptedError(f"{asked.name}: saved after step {done}; go on with --resume=auto")
+def stop(asked: signal.Signals, done: int, run_dir: Path) -> PreemptedError:
+    """What ends a run that was asked to, after its checkpoint of step `done`; with the command that goes on."""
+    resume = shlex.quote(f"--resume={run_dir}")
+    how = f"semi-fast train {resume}" if processes.count() == 1 else f"{resume} alone, launched as before"
+    return PreemptedError(f"{asked.name}: saved after step {done}; go on with: {how}")
 
 
 def end_with_launcher() -> None:

@@ -87,7 +87,7 @@ def checkpoint_to_resume(
     else:
         path = Path(resume)
         if not path.is_dir():
-            raise ValueError(f"resume must be none, auto or a checkpoint directory; {path} is no directory")
+            raise ValueError(f"resume must be none, auto, a run or a checkpoint; {path} is no directory")
         if path.resolve().parent.parent != run_dir.resolve():
             raise ValueError(
                 f"resume must name a checkpoint of run_dir; got {path} and {run_dir}: leave run_dir out, or mend it"

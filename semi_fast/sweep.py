@@ -14,7 +14,9 @@ from typing import Any
 
 from semi_fast.launch import check_environment
 from semi_fast.preemption import LAUNCHED
+from semi_fast.schema.arguments import key_of, read_arguments
 from semi_fast.schema.config import Config, check
+from semi_fast.schema.effects import without_effect
 from semi_fast.sealed_json import read_json
 
 OWNED = {"seed": "--seeds", "run_dir": "--out", "resume": "nothing: an unfinished run is always resumed"}
@@ -84,18 +86,22 @@ def sweep(
 
 
 def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Sequence[str]) -> Iterator[Cell]:
-    """Every file with every seed; ValueError for two files of one name and for flags that the sweep sets."""
-    from semi_fast.cli import parse_config
-
+    """Every file with every seed; ValueError for two files of one name, and for flags that the sweep sets or that have
+    an effect in none of its configurations. Where a flag has one, the others go without."""
     for flag in flags:
-        key = flag[2:].partition("=")[0]
+        key = key_of(flag)
         if key in OWNED:
             raise ValueError(f"--{key} is set by sweep; use {OWNED[key]}")
     stems = [Path(file).stem for file in files]
     if len(set(stems)) < len(stems):
         raise ValueError(f"the files of a sweep must have different names, which name their runs; got {stems}")
-    for file, stem in zip(files, stems, strict=True):
-        config = parse_config([f"--config={file}", *flags])
+    configs = [read_arguments([f"--config={file}", *flags])[0] for file in files]
+    idle = [without_effect(config, [key_of(flag) for flag in flags]) for config in configs]
+    for key, reason in idle[0].items():
+        if all(key in one for one in idle):
+            raise ValueError(reason)
+    for file, stem, config, unused in zip(files, stems, configs, idle, strict=True):
+        used = [flag for flag in flags if key_of(flag) not in unused]
         for seed in seeds:
             name = f"{stem}/seed_{seed}"
             run_dir = out / stem / f"seed_{seed}"
@@ -103,7 +109,7 @@ def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Se
             yield Cell(
                 name,
                 replace(config, seed=seed, run_dir=str(run_dir), resume="auto"),
-                (f"--config={file}", *flags, *own),
+                (f"--config={file}", *used, *own),
             )
 
 

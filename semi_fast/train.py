@@ -242,8 +242,9 @@ def conduct(
         with runlog.writing(run_dir / "split.json"):
             save_split(split, run_dir / "split.json")
         engine.screen.line(opening(config, manifest, split, environment, engine))
-        if saved is not None:
-            engine.screen.line(f"resumed from {saved.path}")
+        if saved is not None or config.resume == "auto":
+            nothing = f"nothing to resume in {run_dir}: starting at step 0"
+            engine.screen.line(f"resumed from {saved.path}" if saved else nothing)
     try:
         engine.fit(start, preemption)
     except NonFiniteError as error:
@@ -338,7 +339,7 @@ def guarded(config: Config) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from semi_fast.cli import parse_config
+    from semi_fast.schema.arguments import parse_config
 
     end_with_launcher()
     with lasting_streams():

@@ -25,6 +25,7 @@ import semi_fast
 from semi_fast.cli import main, parse_config
 from semi_fast.engine import Engine
 from semi_fast.sampling import Batches
+from semi_fast.schema.arguments import below
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.yaml_file import config_keys, dump
 
@@ -76,6 +77,28 @@ BAD_FLAGS = {
     "unknown key, nothing like it": ("--zzz=3", "no key zzz;", "train --help"),
     "misspelt section": ("--optm.steps=3", "no key optm.steps", "optim.steps?"),
     "section for a key": ("--optim=3", "optim is a section", "optim.steps"),
+    "number for an optional one": ("--eval.batch=x", "eval.batch must be of type int, or null;", "got x"),
+    "base of 60": ("--optim.steps=1:30", "optim.steps must be a decimal number", "got 1:30"),
+    "no float32": ("--method.semi.temperature=1e-39", "method.semi.temperature must lie in [1e-06", "got 1e-39"),
+    "one in float32": ("--ema.decay=0.999999999999", "ema.decay must lie in [0, 1)", "got 0.999999999999"),
+    "more than memory": (f"--batch.labeled={2**63}", "batch.labeled must lie in [1, 1048576]", f"got {2**63}"),
+    "batch beyond memory": ("--batch.labeled=1000000 --batch.unlabeled_ratio=9", "4194304 images", "got 10000000"),
+    "time that runs back": ("--engine.timeout_seconds=-5", "engine.timeout_seconds must lie in [1, ", "got -5"),
+    "no threads": ("--data.threads=-3", "data.threads must lie in [1, 1024]", "got -3"),
+    "option of another method": ("--method.fixmatch.threshold=0.9", "effect with method.name=fixmatch", "leave --me"),
+    "option of no plug-in": ("--method.la.strength=2", "has an effect with method.plugins=[la]"),
+    "option that is off": ("--method.semi.mixing=0 --method.semi.prototype_mean=filled", "method.semi.mixing above 0"),
+    "option of a level": ("--engine.autotune=true --engine.level=eager", "engine.autotune has an effect with engine."),
+    "seed of no shuffle": ("--split.seed=1", "split.seed shuffles where the rule does", "got 1 with split.rule=semi"),
+    "ratio of equal counts": ("--split.unlabeled_shape=uniform", "uniform gives every class as many", "5.0: leave"),
+    "shape of nothing": ("--split.unlabeled_max=0", "split.unlabeled_max=0 leaves nothing", "got 5.0 and consistent"),
+    "reversed and equal": (
+        "--split.unlabeled_shape=reversed --split.imbalance_unlabeled=1",
+        "needs split.imbalance_unlabeled above 1",
+    ),
+    "file and keys": ("--split.file=a --split.labeled_max=2", "split.file=a is the whole", "split.labeled_max would"),
+    "twice": ("--ema.decay=0.5 --ema.decay=0.6", "--ema.decay is given twice, 0.5 and 0.6; keep one"),
+    "twice, spelt differently": ("--run_dir=a --run-dir=b", "--run-dir is given twice"),
     "abbreviated": ("--method.sem.threshold=0.7", "no key method.sem.threshold", "method.semi.threshold?"),
     "unknown, no value": ("--optim.step", "no key optim.step;", "optim.steps?"),
     "no value": ("--optim.steps", "--optim.steps needs a value", "--optim.steps=VALUE"),
@@ -91,19 +114,19 @@ BAD_FLAGS = {
     "choice": ("--method.name=mixmatch", "method.name must be one of supervised, fixmatch, semi", "got mixmatch"),
     "source": ("--data.source=nvme", "data.source must be one of auto, ", "got nvme"),
     "precision": ("--precision=fp8", "precision must be one of auto, fp32", "got fp8"),
-    "evaluation after the end": ("--eval.every=13", "eval.every must lie in 1..optim.steps", "13 and 12"),
-    "no evaluation": ("--eval.every=0", "eval.every must lie in 1..optim.steps", "got 0"),
+    "evaluation after the end": ("--eval.every=13", "eval.every must be at most optim.steps", "13 and 12"),
+    "no evaluation": ("--eval.every=0", "eval.every must lie in [1, 999999999]", "got 0"),
     "warm-up to the end": ("--method.semi.warmup_epochs=6", "method.semi.warmup_epochs", "optim.steps", "6 * 2 and 12"),
     "plug-in on semi": ("--method.plugins=[la]", "method.plugins stack on supervised and fixmatch", "is semi"),
     "out of range": ("--ema.decay=1", "ema.decay must lie in [0, 1)", "got 1.0"),
-    "negative seed": ("--seed=-1", "seed must lie in 0..2**64 - 1", "got -1"),
+    "negative seed": ("--seed=-1", "seed must lie in [0, 18446744073709551615]", "got -1"),
     "no data": ("--data.path=", "data.path must name a prepared data set", "semi-fast prepare"),
     "data nowhere": ("--data.path=nowhere", "nowhere", "manifest.json", "semi-fast prepare"),
     "split nowhere": ("--split.file=nowhere", "nowhere", "no such split file", "semi-fast split"),
     "class without labels": ("--split.labeled_max=4", "'8' gets 0", "raise split.labeled_max (now 4)"),
     "more than there are": ("--split.labeled_max=1000", "133 train images", "1000 labeled", "lower split."),
     "model": ("--model.name=wrn_99", "model.name must be one of", "got wrn_99", "wrn_"),
-    "checkpoint nowhere": ("--resume=atuo", "resume must be none, auto or a checkpoint directory", "atuo"),
+    "checkpoint nowhere": ("--resume=atuo", "resume must be none, auto, a run or a checkpoint", "atuo"),
 }
 
 
@@ -114,7 +137,8 @@ def test_a_bad_flag_gets_one_line(
     monkeypatch.chdir(tmp_path)
     flag, *words = BAD_FLAGS[case]
     before = tree(digits)
-    refused(capsys, train(digits, tmp_path / "run", flag), words)
+    defaults = [f"--data.path={digits}"] + ([] if "twice" in case else [f"--run_dir={tmp_path / 'run'}"])
+    refused(capsys, ["train", *ARGUMENTS, *below(flag.split(), defaults)], words)
     assert tree(digits) == before
     assert set(tree(tmp_path)) <= {"run"}, "at most the empty run directory"
 
@@ -122,7 +146,10 @@ def test_a_bad_flag_gets_one_line(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("fixmatch --split.unlabeled_max=0", ["method.name fixmatch needs unlabeled images", "check split.*"]),
+        (
+            "fixmatch --split.unlabeled_max=0 --split.imbalance_unlabeled=1",
+            ["method.name fixmatch needs unlabeled images", "check split.*"],
+        ),
         (
             "supervised --method.plugins=[la] --method.la.train=true --method.la.predict=true",
             ["method.la.train", "method.la.predict", "twice", "set one of them to false"],
@@ -169,6 +196,9 @@ BAD_FILES = {
     "alias": ("seed: &a 1\noptim:\n  steps: *a\n", "the alias *a (line 3)", "written out"),
     "null": ("optim:\n  lr:\n", "optim.lr must have a value", "got null"),
     "list that is null": ("method:\n  plugins: null\n", "method.plugins must have a value"),
+    "octal": ("optim:\n  steps: 01000\n", "01000 (line 2) would be read as 512", "decimal"),
+    "base of 60": ("optim:\n  steps: 1:30\n", "1:30 (line 2) would be read as 90", "decimal"),
+    "base of 60, a fraction": ("optim:\n  lr: 1:30.5\n", "1:30.5 (line 2) would be read as 90.5"),
     "tag of a truth value": ("seed: !!bool x\n", "does not fit its tag"),
     "tag of a date": ("seed: !!timestamp x\n", "does not fit its tag"),
     "tag of an empty number": ("seed: !!float ''\n", "does not fit its tag"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from semi_fast import preemption
+from semi_fast.cli import main
 from semi_fast.preemption import Preemption
 from semi_fast.train import run
 
@@ -79,7 +81,7 @@ def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on_bit_for_bit(
     tmp_path: Path,
     started: Callable[..., subprocess.Popen[str]],
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "my run"
     process = started(TRAIN, run_dir)
     wait_for_steps(run_dir, 7)
     process.send_signal(number)
@@ -87,10 +89,13 @@ def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on_bit_for_bit(
     assert process.returncode == 75
     (step,) = saved(run_dir)
     assert 7 <= step < STEPS
-    assert errors.strip() == f"semi-fast: {number.name}: saved after step {step}; go on with --resume=auto"
+    said, _, command = errors.strip().partition("; go on with: ")
+    assert said == f"semi-fast: {number.name}: saved after step {step}"
     status = json.loads((run_dir / "status.json").read_text())
     assert status["exit_code"] == 75
-    run(config(digits, run_dir, *FLAGS, resume="auto"))
+    program, *words = shlex.split(command)
+    assert program == "semi-fast"
+    assert main(words) == 0, "as it is printed"
     ours, theirs = state(whole), state(run_dir)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 0

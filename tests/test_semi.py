@@ -169,9 +169,9 @@ OFFICIAL = ("--method.semi.preset=official", "--method.semi.threshold=0.7", "--m
         ((*OFFICIAL, "--method.semi.bank_views=weak"), "bank_eviction official goes with bank_views strong"),
         (("--method.semi.balanced_head=false", "--method.semi.bank_sampling=4"), "tops up the balanced head's batch"),
         (("--method.semi.prototype_min_filled=200",), r"prototype_min_filled must lie in \[1, 128\]; got 200"),
-        (("--method.semi.class_weight_momentum=1",), r"class_weight_momentum must lie in \[0, 1\); got 1"),
+        (("--method.semi.center_momentum=1",), r"center_momentum must lie in \[0, 1\); got 1"),
         ((*OFFICIAL, "--method.epoch_steps=200"), r"must not raise mixing above 1.*; got 2\.498 at the end"),
-        (("--method.semi.temperature=0",), r"method\.semi\.temperature must be positive; got 0"),
+        (("--method.semi.temperature=0",), r"method\.semi\.temperature must lie in \[1e-06, 1e\+06\]; got 0"),
         (("--method.semi.warmup_epochs=500",), r"warmup_epochs \* method\.epoch_steps must be below optim\.steps"),
     ],
 )
@@ -360,7 +360,12 @@ def test_presets_train_and_resume(digits: Path, tmp_path: Path, preset: str) -> 
     from semi_fast.train import run
 
     given = [f"--method.semi.preset={preset}", "--method.semi.mixing=0.4", "--model.name=wrn_10_2"]
-    given += ["--method.semi.bank_decay_every=2", "--checkpoint.every=4", "--checkpoint.keep=9"]
+    given += [
+        "--method.semi.bank_decay_every=2",
+        "--method.semi.warmup_epochs=1",
+        "--checkpoint.every=4",
+        "--checkpoint.keep=9",
+    ]
     run(config(digits, tmp_path / "a", *given))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for step in (8, 12):
@@ -378,7 +383,7 @@ def test_official_runs_in_one_process(digits: Path) -> None:
     from semi_fast.manifest import load_manifest, seal_split
     from semi_fast.train import divided
 
-    tiny = config(digits, None, *OFFICIAL)
+    tiny = config(digits, None, *OFFICIAL, "--method.semi.warmup_epochs=1", "--method.semi.bank_decay_every=3")
     split = seal_split(split_for(load_manifest(digits), "x", tiny.split))
     needs = make_method(tiny.method, steps=9000).needs
     two: Any = SimpleNamespace(num_processes=2, process_index=0)

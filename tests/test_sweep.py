@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from semi_fast import sweep as module
 from semi_fast.cli import main
 from semi_fast.sweep import devices, sweep
 
-from .tiny import ARGUMENTS
+from .tiny import FILE
 
 
 @pytest.fixture
@@ -24,14 +25,16 @@ def files(digits: Path, tmp_path: Path) -> list[str]:
     """Two small configurations."""
     paths = []
     for name in ("supervised", "fixmatch"):
-        lines = [f"data: {{path: {digits}}}", f"method: {{name: {name}}}", "optim: {steps: 4}", "eval: {every: 2}"]
+        tree = yaml.safe_load(FILE.read_text()) | {"data": {"path": str(digits)}, "eval": {"every": 2}}
+        tree["method"]["name"], tree["optim"]["steps"] = name, 4
+        del tree["device"]
         path = tmp_path / f"{name}.yaml"
-        path.write_text("\n".join(lines))
+        path.write_text(yaml.safe_dump(tree))
         paths.append(str(path))
     return paths
 
 
-FLAGS = [flag for flag in ARGUMENTS if not flag.startswith(("--optim.steps", "--eval.every"))]
+FLAGS = ["--device=cpu"]
 
 
 def test_every_file_with_every_seed_and_what_is_finished_stays(
@@ -70,7 +73,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     ("flags", "message"),
     [
         (["--seed=3"], "--seed is set by sweep; use --seeds"),
-        (["--optim.lr=-1"], "optim.lr must be positive; got -1"),
+        (["--optim.lr=-1"], "optim.lr must lie in .1e-30, 1e.30.; got -1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(

@@ -47,8 +47,12 @@ class Listing:
         self.hidden += len(everything) - len(paths)
         outside = [p for p in paths if p.is_symlink() and not self._leads_inside(p)]
         if outside:
-            rule = "links must lead to files" if self.follow else f"links must lead to files inside {self.raw}"
-            raise ValueError(f"{rule}; these do not: {listed(outside)}")
+            if self.follow:
+                raise ValueError(f"links must lead to files; these do not: {listed(outside)}")
+            raise ValueError(
+                f"links must lead to files inside {self.raw}, or be followed out of it with --follow; "
+                f"these do not: {listed(outside)}"
+            )
         return [path for path in paths if path not in self.left_out]
 
     def _leads_inside(self, path: Path) -> bool:

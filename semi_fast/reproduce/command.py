@@ -83,10 +83,10 @@ def configured(
     cell: Cell, *, steps: int | None, data: str | None, flags: Sequence[str]
 ) -> tuple[Config, Config, dict[str, int]]:
     """(the cell as published, the cell as asked for, those of its keys that follow from the number of steps)."""
-    from semi_fast.cli import parse_config
+    from semi_fast.schema.arguments import key_of, parse_config
 
     for flag in flags:
-        key = flag[2:].partition("=")[0]
+        key = key_of(flag)
         if key in OWNED:
             raise ValueError(f"--{key} is set by reproduce; use {OWNED[key]}")
         if key == "resume":
@@ -99,7 +99,7 @@ def configured(
         whole = config.optim.steps
         if not 1 <= steps <= whole:
             raise ValueError(f"--steps must lie in 1..{whole}, the cell's own; got {steps}")
-        given = {flag[2:].partition("=")[0] for flag in flags}
+        given = {key_of(flag) for flag in flags}
         short = {key: value for key, value in shortened(config, steps).items() if key not in given}
         fitted = [f"--{key}={value}" for key, value in short.items()]
         config = parse_config([f"--config={cell.file}", *where, *fitted, *flags])
@@ -146,7 +146,7 @@ def finished(config: Config, split_sha256: str) -> dict[str, Any] | None:
 
     Raises ValueError if it is a run of another configuration, or on another split or other data.
     """
-    from semi_fast.cli import parse_config
+    from semi_fast.schema.arguments import parse_config
 
     run_dir = Path(config.run_dir or "")
     if not (run_dir / "summary.json").is_file():

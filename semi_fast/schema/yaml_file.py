@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,6 +14,7 @@ import yaml
 from semi_fast.schema.config import Config, leaves, plain
 
 MAX_BYTES = 2**20
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -33,6 +35,20 @@ class StrictLoader(yaml.SafeLoader):
         if dotted:  # a second spelling of a nested key, which could give it twice
             raise ValueError(f"the key {dotted[0]} has a dot; write its last part indented under its section")
         return super().construct_mapping(node, deep)
+
+
+def plain_number(loader: StrictLoader, node: yaml.ScalarNode) -> int | float:
+    """A number; ValueError for what YAML 1.1 reads to another base than it looks: 010 is 8 there, and 1:30 is 90."""
+    whole = node.tag.endswith(":int")
+    number = loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+    if ":" in node.value or (whole and OCTAL.fullmatch(node.value)):
+        where = node.start_mark.line + 1
+        raise ValueError(f"{node.value} (line {where}) would be read as {number}; write it in decimal, or quote text")
+    return number
+
+
+for tag in ("int", "float"):
+    StrictLoader.add_constructor(f"tag:yaml.org,2002:{tag}", plain_number)
 
 
 def config_keys(schema: Any = Config, prefix: str = "") -> dict[str, Any]:
