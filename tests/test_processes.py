@@ -457,7 +457,7 @@ def test_a_checksum_is_of_every_bit_and_its_place(dtype: torch.dtype, monkeypatc
     assert processes.checksum(values) == first
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 30))
 def test_evaluation_counts_every_image_once(images: int, count: int, batch: int) -> None:
     """Also where neither processes nor forwards divide the set, and where it has fewer images than there are."""

@@ -200,7 +200,7 @@ def test_a_run_writes_through_no_link(digits: Path, tmp_path: Path, name: str) -
     assert target.read_text() == "mine"
 
 
-@settings(max_examples=30, derandomize=True, deadline=None)
+@settings(max_examples=30, derandomize=True)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=2, max_size=4, unique=True))
 @example(["a\nb", "c,d", '"e"', "‮f"])
 def test_class_names_of_any_kind(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
