@@ -272,7 +272,9 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--precision", default="bf16", help="beside fp32: bf16,fp16")
     parser.add_argument("--rungs", help="names, with commas; else all, without torch.compile on a CPU")
-    parser.add_argument("--cut", help="rungs whose steps are cut into parts; else the first one and the first eager")
+    parser.add_argument(
+        "--cut", help="rungs whose steps are cut into parts; else the first and the first eager; or none"
+    )
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--steps", type=int, help="of a window; 20 on a GPU, 1 on a CPU")
     parser.add_argument("--small", action="store_true", help="few synthetic images, for trying it out")
@@ -289,11 +291,13 @@ def main(words: Sequence[str] | None = None) -> int:
         rungs = {rung.name: rung for rung in step_cases.ladder(precisions)}
         quick = [name for name, rung in rungs.items() if cuda or rung.level != "compile"]
         names = chosen(arguments.rungs, list(rungs), quick)
+        cut = cuts([rungs[name] for name in names], device)
+        cut = () if arguments.cut == "none" else tuple(chosen(arguments.cut, names, cut))
         plan = Plan(
             device,
             arguments.repeats,
             arguments.steps or (20 if cuda else 1),
-            tuple(chosen(arguments.cut, names, cuts([rungs[name] for name in names], device))),
+            cut,
         )
         ratios = [RATIOS[int(rows)] for rows in chosen(arguments.rows, list(map(str, RATIOS)), ())]
     except ValueError as error:
