@@ -54,11 +54,11 @@ DEVICE := --device cpu
 WRN := $(DEVICE) --small --model wrn_10_1 --side 16 --labeled 8 --repeats 1 --rungs $(FASTEST),eager-bf16
 RESNET := $(WRN)
 OURS := $(DEVICE) --small --model.name=wrn_10_1 --batch.labeled=8 --repeats 1 --steps 1
-DIGITS := $(DEVICE) --optim.steps=4 --eval.every=2
+DIGITS := $(DEVICE) --optim.steps=4 --eval.every=2 --method.semi.warmup_epochs=0
 OPS := $(DEVICE) --repeats 1 --only draw_views
 KERNELS := -n 0 tests/kernels/test_bank_push_kernel.py -k nothing
 CAPTURE := -n 0 tests/test_levels.py -k "no_trace and fp32"
-BESIDE := 1 2
+BESIDE := 2
 else
 WRN := --rungs $(FASTEST),eager-bf16,graph-bf16,compile-bf16,eager-fp32
 RESNET := --model resnet50_cifar --repeats 5 --rungs graph-bf16,eager-bf16

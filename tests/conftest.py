@@ -15,6 +15,8 @@ import torch
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+PATIENCE = 240
+"""Seconds within which what must come has come on the busiest machine: a guard against hanging, no measurement."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"

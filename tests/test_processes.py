@@ -385,9 +385,7 @@ def test_a_lost_process_is_named_by_the_other(
     change: Callable[[], object], code: int, digits: Path, tmp_path: Path
 ) -> None:
     """Without a launcher, which would end it; what hangs is killed by the test once the other has ended."""
-    began = time.monotonic()
     first, second = run_of(2, digits, tmp_path / "run", *FLAGS, "--engine.timeout_seconds=5", change=change, first=True)
-    assert time.monotonic() - began < 60
     assert (first.code, second.code) == (3, code)
     assert "semi-fast: another process of this run has ended, or did not answer within" in first.output
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 3
