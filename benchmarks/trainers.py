@@ -75,6 +75,10 @@ class Setting(NamedTuple):
     """Processes for each of the reference's two loaders."""
 
     def open(self, name: str) -> Trainer:
+        """On a GPU both search for kernels as ours does, from the first step on: what that takes is memory of both."""
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = not self.config.engine.deterministic
         if name == OURS:
             return OurLoop(self.config, self.manifest, self.split, self.device)
         return ReferenceLoop(self.config, self.manifest, self.split, self.device, workers=self.workers)

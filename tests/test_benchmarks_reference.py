@@ -258,3 +258,17 @@ def test_the_command_names_no_folder_of_the_machine() -> None:
     for words in (["--data", "/some/where/cifar10"], ["--data=/some/where/cifar10"]):
         repeated = trainers.repeated("benchmarks.reference", [*words, "--out", "/a/b.csv", "--steps", "3"])
         assert repeated.replace("=", " ") == "python -m benchmarks.reference --data cifar10 --steps 3"
+
+
+def test_on_a_gpu_the_reference_searches_for_kernels_from_its_first_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ours does: else the memory of a search would be ours alone."""
+    searches = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(trainers, "ReferenceLoop", lambda *_, **__: searches.append(torch.backends.cudnn.benchmark))
+    for device, searched in ((CPU, False), (torch.device("cuda"), True)):
+        make()._replace(device=device).open(REFERENCE)
+        assert searches.pop() == searched
+    torch.set_float32_matmul_precision(before)
