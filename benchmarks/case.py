@@ -12,6 +12,7 @@ Operation = Callable[..., Any]
 
 SEED = 0
 IMAGES, SLOTS, WIDTH = 64, 128, 128  # U, M, D of the published setting; two strong views each
+PAPER_STEPS, PAPER_EVALUATIONS = 250_000, 500  # of a published run
 CALLS = 20  # of a small operation in one repeat
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 
 from benchmarks import measure, ops, trainers
-from benchmarks.case import Goal
+from benchmarks.case import PAPER_EVALUATIONS, PAPER_STEPS, Goal
 from benchmarks.measure import Spread, paired_ratio, quartiles
 from benchmarks.reference.loop import ReferenceLoop
 from benchmarks.trainers import OURS, REFERENCE, TRAINERS, OurLoop, Seconds, Setting, Trainer, run_steps, timed
 from semi_fast.screen import lasting_streams
 
-PAPER_STEPS, PAPER_EVALUATIONS = 250_000, 500
 LAST = 20  # evaluations whose mean is the number to quote
 GOALS = (Goal("cuda", "paper_minutes", 12, False),)
 CLOCK = (
@@ -148,10 +146,7 @@ def summary_row(name: str, ends: Sequence[Mapping[str, Course]], thresholds: Seq
     row |= {threshold_column(t): reached(mine, t, device) for t in thresholds}
 
     found = spreads(name, ends, device)
-    for column in SPREADS:
-        for part in Spread._fields:
-            key = column if part == "median" else f"{column}_{part}"
-            row[key] = ops.digits(getattr(found[column], part)) if column in found else ""
+    row |= ops.spread_cells(SPREADS, found)
     row |= {column: f"{minutes:.3f}" for column, minutes in zip(PAPER, paper_minutes(mine, device), strict=True)}
     row["goal"], row["verdict"] = ops.judge(GOALS if name == OURS else (), found, device)
     return row | {"n": sum(len(course.chunks) for course in mine)}
@@ -194,7 +189,7 @@ def threshold_column(threshold: float) -> str:
 
 def columns(thresholds: Sequence[float], rest: Sequence[str]) -> list[str]:
     """Of the CSV."""
-    spread = [name if part == "median" else f"{name}_{part}" for name in SPREADS for part in Spread._fields]
+    spread = list(ops.spread_cells(SPREADS, {}))
     to = [threshold_column(threshold) for threshold in thresholds]
     return [*KEY, *SCORES, "seconds", "wall_seconds", *to, *PARTS, *spread, *PAPER, "goal", "verdict", "n", *rest]
 
@@ -250,13 +245,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
     origin = measure.provenance(setting.device, trainers.repeated("benchmarks.end_to_end", words)) | {"clock": CLOCK}
     origin = {**setting.columns, "precision": setting.config.precision, "steps": setting.config.optim.steps, **origin}
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns(arguments.thresholds, list(origin)), restval="", lineterminator="\n")
-        writer.writeheader()
+    with measure.table(arguments.out, columns(arguments.thresholds, list(origin))) as append:
 
         def write(row: Row) -> None:
-            writer.writerow(row | origin)
-            file.flush()
+            append(row | origin)
             shown = f"{row['trainer']} seed {row['seed']} step {row['step']}: {row['balanced_accuracy']} %"
             print(f"{shown}, {row['seconds']} s", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""How a trainer begins in a process of its own: seconds to its first steps, and the memory that they take."""
+"""How a trainer begins: seconds to its first steps, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from benchmarks.trainers import Setting, run_steps, wait_for
+from benchmarks.step_cases import MIB, Peak
+from benchmarks.trainers import Setting, Trainer, run_steps, wait_for
 
 MORE = 2  # steps after the first one, over which memory is looked at
-MIB = 2**20
 MEANING = (
-    "Start: a new process, its imports left out, to the end of building and of the first step. Memory: what three "
-    "steps take beyond the imports, on a GPU the most that torch had allocated, on a CPU the peak of the process and "
-    "what its workers have of their own"
+    "Start: on a CPU a new process, its imports left out, to the end of building and of the first step. Memory: what "
+    "three steps take beyond the imports, on a CPU the peak of that process and what its workers have of their own; on "
+    "a GPU the most that torch allocates from building on, searches for the fastest kernels among it"
 )
 
 
@@ -28,13 +28,26 @@ class First(NamedTuple):
     """Reading the data, network, optimizer, loaders."""
     step_seconds: float
     """The first step, with compilation and capture."""
-    peak_mib: float
+    peak_mib: float | None
     reserved_mib: float | None
     """On a GPU, what torch has taken from it."""
 
 
+def begin_here(name: str, setting: Setting) -> tuple[Trainer, First]:
+    """A trainer after its first steps, in this process, whose memory counts on a GPU alone."""
+    peak, start = Peak(setting.device), time.perf_counter()
+    trainer = setting.open(name)
+    wait_for(setting.device)
+    built = time.perf_counter()
+    trainer.step()
+    wait_for(setting.device)
+    first = time.perf_counter()
+    run_steps(trainer, MORE)
+    return trainer, First(built - start, first - built, *(peak.read() or (None, None)))
+
+
 def begin(name: str, setting: Setting) -> First:
-    """The first steps of a trainer, in a new process."""
+    """The first steps of a trainer on a CPU, in a new process."""
     context = multiprocessing.get_context("forkserver")  # one server imports torch, once, and starts no thread
     context.set_forkserver_preload(["benchmarks.trainers"])
     receiver, sender = context.Pipe(duplex=False)
@@ -51,21 +64,10 @@ def begin(name: str, setting: Setting) -> First:
 
 def report(name: str, setting: Setting, sender: Any) -> None:
     torch.set_num_threads(1)
-    mine, device = psutil.Process(), setting.device
-    before, start = mine.memory_info().rss, time.perf_counter()
-    trainer = setting.open(name)
-    wait_for(device)
-    built = time.perf_counter()
-    trainer.step()
-    wait_for(device)
-    first = time.perf_counter()
-    run_steps(trainer, MORE)
-    wait_for(device)
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        memory = peak - before + sum(worker.memory_full_info().uss for worker in mine.children()), None
-    peak, reserved = (None if taken is None else taken / MIB for taken in memory)
-    sender.send(First(built - start, first - built, peak or 0.0, reserved))
+    mine = psutil.Process()
+    before = mine.memory_info().rss
+    trainer, first = begin_here(name, setting)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = peak - before + sum(worker.memory_full_info().uss for worker in mine.children())
+    sender.send(first._replace(peak_mib=memory / MIB))
     trainer.close()

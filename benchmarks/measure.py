@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shlex
 import subprocess
 import time
@@ -68,6 +69,15 @@ def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
     picks = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[picks], axis=1), (0.025, 0.975))
     return Spread(float(np.median(ratios)), float(low), float(high))
+
+
+def find_device(name: str) -> torch.device:
+    """The device called auto, cpu or cuda, a GPU with its index; ValueError for cuda where torch sees none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU that torch can use")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def clock_name(device: torch.device) -> str:
@@ -237,13 +247,13 @@ def gpu_state(device: torch.device) -> str:
 
 
 def provenance(device: torch.device, repeated: str) -> dict[str, Any]:
-    """The columns that every row of a benchmark ends with."""
-    versions = runlog.versions(device)
+    """The columns that every row of a benchmark ends with; a copy without its history has its commit in COMMIT."""
+    versions, commit = runlog.versions(device), runlog.commit()
     return {
         "clock": clock_name(device),
         "spread": SPREAD,
         "date": date.today().isoformat(),
-        "commit": runlog.commit(),
+        "commit": (os.environ.get("COMMIT") or commit) if commit == "unknown" else commit,
         "device": device.type,
         "hardware": runlog.hardware(device),
         "threads": torch.get_num_threads(),
@@ -255,11 +265,35 @@ def provenance(device: torch.device, repeated: str) -> dict[str, Any]:
     }
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+Write = Callable[[Mapping[str, Any]], None]
+
+
+@contextmanager
+def table(path: Path | None, columns: Sequence[str] = ()) -> Iterator[Write]:
+    """A new CSV that grows: what it gives takes a row, which is on the disk when that returns, so that a benchmark that
+    is ended keeps all it knew. `columns` are those of the first row if not said; without a path nothing is written."""
+    if path is None:
+        yield lambda row: None
+        return
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer: csv.DictWriter[str] | None = None
+
+        def write(row: Mapping[str, Any]) -> None:
+            nonlocal writer
+            if writer is None:
+                writer = csv.DictWriter(file, columns or list(row), restval="", lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+
+        yield write
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with table(path) as write:
+        for row in rows:
+            write(row)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

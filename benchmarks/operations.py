@@ -153,8 +153,7 @@ def reference_parts() -> dict[str, int]:
 
     shape = Shape("wrn_28_2", SIDE, 64, 1)
     with data_of(shape, None, small=True) as manifest:
-        flags = ["--method.semi.threshold=0.15", "--method.semi.warmup_epochs=0"]
-        config = configured(shape, manifest, CPU, flags)
+        config = configured(shape, manifest, CPU, [])
         loop = ReferenceLoop(config, manifest, split_of(config, manifest), CPU, workers=0)
         loop.step()
         batch = loop.fetch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,13 +55,24 @@ def find_reference(case: Case) -> Operation:
     return getattr(import_module(f"semi_fast.ops.{case.operation}.reference"), case.operation)
 
 
+def row_of(case: Case, repeats: int, device: torch.device, compiled: bool) -> dict[str, Any]:
+    """The row of a case, without where it comes from; one that fails says why, and leaves the others."""
+    row: dict[str, Any] = {"operation": case.operation, "shape": case.shape}
+    row |= {"ours": "", "status": "", "compile_seconds": ""} | spread_cells(SPREADS, {})
+    row |= dict.fromkeys([*(f"{kind}_{c}" for kind in KINDS for c in COUNTS), "goal", "verdict"], "")
+    try:
+        found = measure_case(case, repeats, device, compiled)
+    except Exception as error:  # noqa: BLE001, compilers raise what they like
+        found = {"status": failure(error)}
+    return row | {"status": "measured"} | found | {"n": repeats}
+
+
 def measure_case(case: Case, repeats: int, device: torch.device, compiled: bool) -> dict[str, Any]:
-    """The row of a case, without where it comes from."""
+    """What is measured of a case."""
     operations = find_operation(case, device)
     ours = "kernel" if "kernel" in operations else "reference"
     works = {"loop": case.loop} | {kind: case.work(operation) for kind, operation in operations.items()}
-    row: dict[str, Any] = {"operation": case.operation, "shape": case.shape, "ours": ours}
-    row["compile_seconds"] = ""
+    row: dict[str, Any] = {"ours": ours}
     if compiled:
         works["compiled"] = case.work(torch.compile(operations["reference"], dynamic=False))
         row["compile_seconds"] = f"{first_call_seconds(works['compiled']):.1f}"
@@ -69,8 +80,11 @@ def measure_case(case: Case, repeats: int, device: torch.device, compiled: bool)
     to_count = works | {"reference": case.work(find_reference(case))}
     counted = {kind: measure.count(to_count[kind], device) for kind in seen}
     works["same"] = case.work(operations[ours])
-    if device.type == "cuda":
-        works |= {f"{kind}_captured": measure.captured(case.work(one)) for kind, one in operations.items()}
+    for kind, one in operations.items() if device.type == "cuda" else ():
+        try:
+            works[f"{kind}_captured"] = measure.captured(case.work(one))
+        except RuntimeError as error:
+            row["status"] = f"{failure(error)} ({kind} is not captured)"
 
     seconds = measure.time_interleaved(works, repeats, device)
     found = {f"{kind}_us": quartiles([s * 1e6 for s in times]) for kind, times in seconds.items() if kind != "same"}
@@ -79,16 +93,26 @@ def measure_case(case: Case, repeats: int, device: torch.device, compiled: bool)
     if case.strong_views:
         fastest = seconds.get("kernel_captured", seconds[ours])
         found["strong_views_per_second"] = quartiles([case.strong_views / s for s in fastest])
-    for name in SPREADS:
+    row |= spread_cells(SPREADS, found)
+    for kind, counts in counted.items():
+        row |= {f"{kind}_{c}": f"{v:.1f}" for c, v in zip(COUNTS, counts, strict=True) if v is not None}
+    row["goal"], row["verdict"] = judge(case.goals, found, device)
+    return row
+
+
+def spread_cells(names: Sequence[str], found: Mapping[str, Spread]) -> dict[str, str]:
+    """The three columns of each name; empty for what was not measured."""
+    row = {}
+    for name in names:
         for part in Spread._fields:
             column = name if part == "median" else f"{name}_{part}"
             row[column] = digits(getattr(found[name], part)) if name in found else ""
-    for kind in KINDS:
-        values = counted[kind] if kind in counted else (None,) * len(COUNTS)
-        row |= {f"{kind}_{c}": "" if v is None else f"{v:.1f}" for c, v in zip(COUNTS, values, strict=True)}
-    row["goal"], row["verdict"] = judge(case.goals, found, device)
-    row["n"] = repeats
     return row
+
+
+def failure(error: BaseException) -> str:
+    """What is written in place of a measurement."""
+    return "failed: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def digits(value: float) -> str:
@@ -109,7 +133,8 @@ def judge(goals: Sequence[Goal], found: dict[str, Spread], device: torch.device)
             continue
         _, low, high = found[goal.column]
         words = f"{goal.column} {'>=' if goal.at_least else '<='} {goal.bound:,.15g}"
-        if abs(found["same_over_same_ratio"].median - 1) > UNSTEADY:
+        same = found.get("same_over_same_ratio")
+        if same and abs(same.median - 1) > UNSTEADY:
             return words, "inconclusive"
         met, missed = (
             (low >= goal.bound, high < goal.bound) if goal.at_least else (high <= goal.bound, low > goal.bound)
@@ -142,10 +167,11 @@ def interval(row: dict[str, Any], column: str) -> str:
     return f"{row[column]} ({row[f'{column}_low']}..{row[f'{column}_high']})" if row[column] else ""
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> int:
+    """Ends with 1 if a case failed."""
     words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
-    parser.add_argument("--out", type=Path, help="the CSV to write")
+    parser.add_argument("--out", type=Path, help="the CSV, written row by row")
     parser.add_argument("--only", choices=CASES, help="one operation instead of all")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -153,24 +179,27 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1; got {arguments.repeats}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use")
-    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda:0" if cuda else "cpu")
+    try:
+        device = measure.find_device(arguments.device)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
 
     origin = measure.provenance(device, measure.command("benchmarks.ops", words))
     rows = []
-    for name in [arguments.only] if arguments.only else CASES:
-        for case in CASES[name](device):
-            rows.append(measure_case(case, arguments.repeats, device, arguments.compiled or cuda) | origin)
-            print(f"measured {case.name}", file=sys.stderr)
+    with measure.table(arguments.out) as write:
+        for name in [arguments.only] if arguments.only else CASES:
+            for case in CASES[name](device):
+                rows.append(
+                    row_of(case, arguments.repeats, device, arguments.compiled or device.type == "cuda") | origin
+                )
+                write(rows[-1])
+                print(f"{case.name}: {rows[-1]['status']}", file=sys.stderr, flush=True)
     print(screen(rows))
     setting = f"torch {origin['torch']}, {origin['clock']}, n={arguments.repeats}; {origin['spread']}"
     print(f"{origin['hardware']}, {origin['threads']} thread, {setting}")
-    if arguments.out:
-        measure.write_csv(arguments.out, rows)
+    return int(any(row["status"] != "measured" for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

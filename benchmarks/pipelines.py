@@ -152,10 +152,7 @@ def measure_data(data: Data, names: Sequence[str], repeats: int, seconds: float)
         row = {"pipeline": name, "label": pipeline.label, "side": data.side, "unit": pipeline.unit}
         row["status"] = "measured" if name in firsts else "not installed"
         found = compare(pipeline, laps[name], laps) if name in firsts else {}
-        for column in SPREADS:
-            for part in Spread._fields:
-                key = column if part == "median" else f"{column}_{part}"
-                row[key] = ops.digits(getattr(found[column], part)) if column in found else ""
+        row |= ops.spread_cells(SPREADS, found)
         first = firsts.get(name)
         row["first_batch_seconds"] = f"{first.batch_seconds:.2f}" if first else ""
         row["added_mib"] = f"{first.added_mib:.0f}" if first else ""

@@ -5,41 +5,58 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarks import measure, ops, step_cases
-from benchmarks.case import Goal
-from benchmarks.measure import Spread, Work, paired_ratio, quartiles
+from benchmarks.case import PAPER_EVALUATIONS, PAPER_STEPS, Goal
+from benchmarks.measure import Spread, Work, Write, paired_ratio, quartiles
 from benchmarks.step_cases import FLOOR_MS, PARTS, TRAFFIC, Peak, Rung, Runner, Shape
-from semi_fast.engine import Engine
-from semi_fast.errors import EXPECTED
 from semi_fast.manifest import Manifest
 
 MODELS = {"wrn_28_2": (32,), "resnet50_cifar": (32, 64)}
 RATIOS = {256: 1, 448: 2}
 """Rows of a step of 64 labeled images: how many unlabeled ones there are to each of them."""
-SAME = "same"
 SPREADS = (
     "step_ms",
     "over_first_ratio",
-    "over_eager_ratio",
     "same_over_same_ratio",
     *(f"{part}_ms" for part in PARTS),
     "views_share",
+    "evaluation_ms",
+    "evaluation_share",
+    "paper_minutes",
+)
+VALUES = (
+    *("images_per_second", "rows_per_second", "forward_gflop_per_image", "step_tflop", "tflop_per_second"),
+    *("counted_traffic", "gb_per_second", "floor_percent", "dispatched", "launches", "waits"),
+    *("peak_mib", "reserved_mib", "ready_seconds"),
 )
 STEADY_STEPS = 3  # after the first one, before anything is timed
-FASTEST = Rung("graph", "bf16", compiled=True)
 GOALS = {
-    ("wrn_28_2", 32, 256): (Goal("cuda", "step_ms", 2.6, False), Goal("cuda", "over_eager_ratio", 2, True)),
+    ("wrn_28_2", 32, 256): {
+        "graph-compile-bf16": (
+            Goal("cuda", "step_ms", 2.6, False),
+            Goal("cuda", "waits", 0, False),
+            Goal("cuda", "views_share", 0.05, False),
+            Goal("cuda", "evaluation_share", 0.02, False),
+            Goal("cuda", "paper_minutes", 12, False),
+            Goal("cuda", "launches", 330, False),
+        ),
+        "eager-bf16": (Goal("cuda", "over_first_ratio", 2, True),),
+    },
 }
-"""Of the fastest rung in bf16."""
+"""By (model, side, rows) and rung."""
+FAILURES = (ValueError, RuntimeError, OSError)
 Rows = list[dict[str, Any]]
+Found = tuple[dict[str, Spread], dict[str, str]]
+"""The spreads and the values of a row."""
 
 
 class Plan(NamedTuple):
@@ -51,169 +68,179 @@ class Plan(NamedTuple):
     """Of one window."""
     cut: tuple[str, ...]
     """Names of the rungs whose steps are cut into parts."""
-    counted: bool = True
-    """Whether operations or launches are counted, too."""
 
 
-class Opened(NamedTuple):
-    """A rung that steps."""
+class Cell:
+    """The rungs of one shape: those that step, and what their rows need."""
 
-    runner: Runner
-    peak: tuple[float, float] | None
+    def __init__(self, shape: Shape, manifest: Manifest, plan: Plan, stack: ExitStack):
+        self.shape, self.manifest, self.plan, self.stack = shape, manifest, plan, stack
+        self.runners: dict[Rung, Runner] = {}
+        self.seconds: dict[Rung, float] = {}  # of a step
+
+    def step(self, rung: Rung) -> Found:
+        """Bring it to its level, take the first steps, look for waits, and time it in turns with the first rung.
+
+        Its peak memory is what it takes from building on: compilers, searches and pixels too.
+        """
+        device, peak = self.plan.device, Peak(self.plan.device)
+        runner = Runner(step_cases.open_rung(rung, self.shape, self.manifest, device, self.stack))
+        for _ in range(1 + STEADY_STEPS):
+            runner.step()
+        step_cases.wait(device)
+        memory, work = peak.read(), runner.window(self.plan.steps)
+        waits = count_waits(runner, self.plan.steps) if device.type == "cuda" else ""
+        first = next(iter(self.runners.values()), runner).window(self.plan.steps)
+        seconds = measure.time_interleaved({"this": work, "first": first, "same": first}, self.plan.repeats, device)
+        self.runners[rung], self.seconds[rung] = runner, median(seconds["this"])
+        found = {
+            "step_ms": quartiles([1000 * s for s in seconds["this"]]),
+            "over_first_ratio": paired_ratio(seconds["this"], seconds["first"]),
+            "same_over_same_ratio": paired_ratio(seconds["same"], seconds["first"]),
+        }
+        return found, {"waits": waits, **self.rates(rung), **in_mib(memory)}
+
+    def rates(self, rung: Rung) -> dict[str, str]:
+        """What a step's seconds mean, beside counted work and a modelled floor."""
+        shape, engine, seconds = self.shape, self.runners[rung].engine, self.seconds[rung]
+        at, flop = (shape.model, shape.side, shape.rows), step_cases.forward_flop(engine)
+        traffic, floor, device = TRAFFIC.get(at, {}).get(rung.traffic), FLOOR_MS.get(at), self.plan.device
+        h200 = device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
+        return {
+            "images_per_second": ops.digits(engine.layout.images / seconds),
+            "rows_per_second": ops.digits(shape.rows / seconds),
+            "forward_gflop_per_image": f"{flop / 1e9:.4f}",
+            "step_tflop": f"{3 * flop * shape.rows / 1e12:.4g}",
+            "tflop_per_second": ops.digits(3 * flop * shape.rows / seconds / 1e12),
+            "counted_traffic": rung.traffic if traffic else "",
+            "gb_per_second": ops.digits(traffic / seconds) if traffic else "",
+            "floor_percent": ops.digits(floor / seconds / 10) if floor and h200 else "",
+            "ready_seconds": f"{engine.level['seconds']}",
+        }
+
+    def parts(self, rung: Rung) -> Found:
+        """Its step cut into parts: how much longer it takes up to the end of each."""
+        works = step_cases.part_works(self.runners[rung].engine, self.plan.steps)
+        seconds = measure.time_interleaved(works, self.plan.repeats, self.plan.device)
+        found, before = {}, np.zeros(self.plan.repeats)
+        for part, until in seconds.items():
+            found[f"{part}_ms"] = quartiles((1000 * (np.asarray(until) - before)).tolist())
+            before = np.asarray(until)
+        share = (np.asarray(seconds["views"]) - seconds["rows"]) / seconds["count"]
+        return found | {"views_share": quartiles(share.tolist())}, {}
+
+    def evaluation(self, rung: Rung) -> Found:
+        """Whole evaluations of the test set, from an idle device to the numbers on the host; and a published run."""
+        engine, device = self.runners[rung].engine, self.plan.device
+        work = Work([engine.evaluations[0].confusions])
+        repeats = self.plan.repeats if device.type == "cuda" else 1
+        seconds = measure.time_interleaved({"evaluation": work}, repeats, device)["evaluation"]
+        steps, ready = PAPER_STEPS * self.seconds[rung], engine.level["seconds"]
+        share = [PAPER_EVALUATIONS * s / (steps + PAPER_EVALUATIONS * s) for s in seconds]
+        minutes = [(steps + PAPER_EVALUATIONS * s + ready) / 60 for s in seconds]
+        found = {"evaluation_ms": quartiles([1000 * s for s in seconds])}
+        return found | {"evaluation_share": quartiles(share), "paper_minutes": quartiles(minutes)}, {}
+
+    def launches(self, rung: Rung) -> Found:
+        """On a GPU what it runs; on a CPU the operations that are dispatched, of compiled code none.
+
+        What has been profiled stays attached to the process, as graphs and its end do not get on, and may slow down
+        what comes later.
+        """
+        os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
+        work = Work([self.runners[rung].step])
+        if self.plan.device.type == "cuda":
+            return {}, {"launches": f"{measure.count_launches(work)}"}
+        return {}, {"dispatched": f"{measure.count(work, self.plan.device).dispatched:.0f}"}
 
 
-def measure_cell(shape: Shape, rungs: Sequence[Rung], manifest: Manifest, plan: Plan) -> Rows:
-    """A row for each rung; those that cannot be carried out say why. Windows of all the others take turns."""
-    device = plan.device
-    step_cases.release(device)
-    statuses = {rung: rung.obstacle(device) for rung in rungs}
-    opened: dict[Rung, Opened] = {}
-    cut: dict[Rung, dict[str, list[float]]] = {}
+KINDS: dict[str, Callable[[Cell, Rung], Found]] = {
+    "step": Cell.step,
+    "parts": Cell.parts,
+    "evaluation": Cell.evaluation,
+    "launches": Cell.launches,
+}
+"""Of rows, in their order."""
+
+
+def measure_cell(shape: Shape, rungs: Sequence[Rung], manifest: Manifest, plan: Plan, write: Write) -> None:
+    """Rungs one after the other; `write` is given every row as soon as it is known.
+
+    Those that are cut come first, with all that there is to know of them; every other one is a step and its launches.
+    One that fails, or cannot be carried out, is a row that says why and ends nothing else.
+    """
+    step_cases.release(plan.device)
+    cut = [rung for rung in rungs if rung.name in plan.cut]
     with ExitStack() as stack:
-        for rung in rungs:
-            if not statuses[rung]:
-                try:
-                    opened[rung] = open_one(rung, shape, manifest, device, stack)
-                except EXPECTED as error:
-                    statuses[rung] = f"failed: {ops_line(error)}"
-                print(f"{shape} {rung.name}: {statuses[rung] or 'ready'}", file=sys.stderr)
-        works = {rung.name: one.runner.window(plan.steps) for rung, one in opened.items()}
-        seconds: dict[str, list[float]] = {}
-        if works:
-            works[SAME] = works[next(iter(works))]
-            seconds = measure.time_interleaved(works, plan.repeats, device)
-        for rung, one in opened.items():
-            if rung.name in plan.cut:
-                parts = step_cases.part_works(one.runner.engine, plan.steps)
-                cut[rung] = measure.time_interleaved(parts, plan.repeats, device)
-        rows = []
-        for rung in rungs:
-            row: dict[str, Any] = {"model": shape.model, "side": shape.side, "rows": shape.rows, "rung": rung.name}
-            row |= {"level": rung.level, "compiled": rung.compiled, "precision": rung.precision}
-            row |= {"channels_last": rung.channels_last, "status": statuses[rung] or "measured"}
-            found = compare(rung, seconds, cut.get(rung, {})) if rung in opened else {}
-            rows.append(row | cells(shape, rung, found, opened.get(rung), plan))
-    return rows
+        cell = Cell(shape, manifest, plan, stack)
+        for group, kinds in ((cut, KINDS), ([rung for rung in rungs if rung not in cut], ("step", "launches"))):
+            for kind in kinds:
+                for rung in group:
+                    hidden = kind == "launches" and rung.compiled and plan.device.type == "cpu"
+                    if kind == "step":
+                        write(row_of(kind, rung, cell, rung.obstacle(plan.device)))
+                    elif rung in cell.runners and not hidden:
+                        write(row_of(kind, rung, cell))
 
 
-def open_one(rung: Rung, shape: Shape, manifest: Manifest, device: torch.device, stack: ExitStack) -> Opened:
-    """Build it, bring it to its level, and take the first steps."""
-    peak = Peak(device)
-    runner = Runner(step_cases.open_rung(rung, shape, manifest, device, stack))
-    for _ in range(1 + STEADY_STEPS):
-        runner.step()
-    step_cases.wait(device)
-    return Opened(runner, peak.read())
-
-
-def ops_line(error: BaseException) -> str:
-    """A failure as one line of a table."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def compare(rung: Rung, seconds: dict[str, list[float]], cut: dict[str, list[float]]) -> dict[str, Spread]:
-    """The spreads of a rung: its step, how much slower others are, and its parts."""
-    mine, first = seconds[rung.name], next(iter(seconds))
-    found = {
-        "step_ms": quartiles([1000 * s for s in mine]),
-        "over_first_ratio": paired_ratio(seconds[first], mine),
-        "same_over_same_ratio": paired_ratio(seconds[SAME], seconds[first]),
-    }
-    eager = Rung("eager", rung.precision).name
-    if eager in seconds:
-        found["over_eager_ratio"] = paired_ratio(seconds[eager], mine)
-    before = np.zeros(len(mine))
-    for part, until in cut.items():
-        found[f"{part}_ms"] = quartiles((1000 * (np.asarray(until) - before)).tolist())
-        before = np.asarray(until)
-    if cut:
-        share = (np.asarray(cut["views"]) - cut["rows"]) / cut["count"]
-        found["views_share"] = quartiles(share.tolist())
-    return found
-
-
-def cells(shape: Shape, rung: Rung, found: dict[str, Spread], opened: Opened | None, plan: Plan) -> dict[str, Any]:
-    """The measured columns of a row; empty without a measurement."""
-    row: dict[str, Any] = {}
-    for name in SPREADS:
-        for part in Spread._fields:
-            column = name if part == "median" else f"{name}_{part}"
-            row[column] = ops.digits(getattr(found[name], part)) if name in found else ""
-    at = shape.model, shape.side, shape.rows
-    traffic, floor = TRAFFIC.get(at, {}).get(rung.traffic), FLOOR_MS.get(at)
-    seconds = found["step_ms"].median / 1000 if found else float("nan")
-    engine = opened.runner.engine if opened else None
-    flop = step_cases.forward_flop(engine) if engine else 0
-    memory = opened.peak if opened else None
-    hidden = rung.compiled and plan.device.type != "cuda"  # what counts operations is no part of compiled code
-    counted = count(opened.runner, plan.device) if opened and plan.counted and not hidden else {}
-    done, h200 = engine is not None, plan.device.type == "cuda" and "H200" in torch.cuda.get_device_name(plan.device)
-    row |= {
-        "images_per_second": ops.digits(engine.layout.images / seconds) if engine else "",
-        "rows_per_second": ops.digits(shape.rows / seconds) if done else "",
-        "forward_gflop_per_image": f"{flop / 1e9:.4f}" if done else "",
-        "step_tflop": f"{3 * flop * shape.rows / 1e12:.4g}" if done else "",
-        "tflop_per_second": ops.digits(3 * flop * shape.rows / seconds / 1e12) if done else "",
-        "counted_traffic": rung.traffic if done and traffic else "",
-        "gb_per_second": ops.digits(traffic / seconds) if done and traffic else "",
-        "floor_percent": ops.digits(floor / seconds / 10) if done and floor and h200 else "",
-        "dispatched": counted.get("dispatched", ""),
-        "launches": counted.get("launches", ""),
-        "waits": counted.get("waits", ""),
-        "peak_mib": f"{memory[0]:.0f}" if memory else "",
-        "reserved_mib": f"{memory[1]:.0f}" if memory else "",
-        "ready_seconds": engine.level["seconds"] if engine else "",
-    }
-    goals = GOALS.get(at, ()) if rung == FASTEST and found else ()
-    judged = [ops.judge([goal], found, plan.device) for goal in goals]
-    row["goal"], row["verdict"] = (
-        ("; ".join(filter(None, texts)) for texts in zip(*judged, strict=True)) if judged else ("", "")
-    )
+def row_of(kind: str, rung: Rung, cell: Cell, obstacle: str = "") -> dict[str, Any]:
+    """One kind of row, measured unless there is an obstacle."""
+    found: dict[str, Spread] = {}
+    values: dict[str, str] = {}
+    status = obstacle
+    if not obstacle:
+        try:
+            found, values = KINDS[kind](cell, rung)
+            status = "measured"
+        except FAILURES as error:
+            status = ops.failure(error)
+    shape, plan = cell.shape, cell.plan
+    row: dict[str, Any] = {"kind": kind, "model": shape.model, "side": shape.side, "rows": shape.rows}
+    row |= {"rung": rung.name, "level": rung.level, "compiled": rung.compiled, "precision": rung.precision}
+    row |= {"channels_last": rung.channels_last, "status": status}
+    row |= ops.spread_cells(SPREADS, found)
+    row |= dict.fromkeys(VALUES, "") | values
+    exact = {name: Spread(*[float(values[name])] * 3) for name in ("waits", "launches") if values.get(name)}
+    goals = GOALS.get((shape.model, shape.side, shape.rows), {}).get(rung.name, ())
+    judged = [ops.judge([goal], found | exact, plan.device) for goal in goals]
+    row["goal"], row["verdict"] = ("; ".join(pair[i] for pair in judged if pair[i]) for i in (0, 1))
     return row | {"n": plan.repeats, "steps_per_window": plan.steps}
 
 
-def count(runner: Runner, device: torch.device) -> dict[str, str]:
-    """Operations or launches of a step, and waits where there is a device to wait for.
-
-    To be called last: what has been profiled stays attached to the process, as graphs and its end do not get on.
-    """
-    os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
-    counted = measure.count(Work([runner.step]), device)
-    if device.type != "cuda":
-        assert counted.dispatched is not None
-        return {"dispatched": f"{counted.dispatched:.0f}"}
-    return {"launches": f"{counted.launches:.0f}", "waits": f"{counted.waits:.0f}"}
+def in_mib(memory: tuple[float, float] | None) -> dict[str, str]:
+    return {"peak_mib": f"{memory[0]:.0f}", "reserved_mib": f"{memory[1]:.0f}"} if memory else {}
 
 
-def evaluation_seconds(engine: Engine, repeats: int) -> list[float]:
-    """Wall time of whole evaluations of the test set, from an idle device to the numbers on the host."""
-    work = Work([engine.evaluations[0].confusions])
-    return measure.time_interleaved({"evaluation": work}, repeats, engine.device)["evaluation"]
+def count_waits(runner: Runner, steps: int) -> str:
+    """Calls in so many steps that torch reports as waiting for the GPU."""
+    return f"{measure.count_waits(Work([runner.step] * steps))}"
 
 
 def screen(rows: Rows) -> str:
     """The rows for a terminal: the steps, their parts, and what the goals say."""
-    head = ["", "ms", "images/s", "TFLOP/s", "% of floor", "launches", "waits", "peak MiB", "ready s"]
+    head = ["", "ms", "images/s", "TFLOP/s", "% of floor", "launches", "waits", "peak MiB", "ready s", "x first"]
     names = ("images_per_second", "tflop_per_second", "floor_percent", "launches", "waits", "peak_mib", "ready_seconds")
-    table, lines = [[*head, "x first", "x eager"]], []
-    parts = [["part, ms", *PARTS]]
-    for row in rows:
-        name = f"{row['model']} {row['side']} px {row['rows']} rows {row['rung']}"
+    table, parts, lines = [head], [["part, ms", *PARTS, "evaluation"]], []
+    for row in (row for row in rows if row["kind"] == "step" or row["status"] != "measured"):
+        name = named(row)
         if row["status"] != "measured":
-            lines.append(f"{name}: left out, {row['status']}")
+            lines.append(f"{name}: {row['kind']} left out, {row['status']}")
             continue
-        values = [str(row[column]) for column in names]
-        ratios = [ops.interval(row, "over_first_ratio"), ops.interval(row, "over_eager_ratio")]
-        table.append([name, ops.interval(row, "step_ms"), *values, *ratios])
-        if row["count_ms"]:
-            parts.append([name, *(row[f"{part}_ms"] for part in PARTS)])
-        if row["goal"]:
-            lines.append(f"{name}: {row['goal']}: {row['verdict']}")
+        mine = [other for other in rows if named(other) == name]
+        every = {c: next((str(other[c]) for other in mine if other[c] != ""), "") for c in row}
+        table.append([name, ops.interval(row, "step_ms"), *(every[c] for c in names)])
+        table[-1].append(ops.interval(row, "over_first_ratio"))
+        if every["count_ms"]:
+            parts.append([name, *(every[f"{part}_ms"] for part in PARTS), every["evaluation_ms"]])
+        lines += [f"{name}: {other['goal']}: {other['verdict']}" for other in mine if other["goal"]]
         if abs(float(row["same_over_same_ratio"]) - 1) > ops.UNSTEADY:
             lines.append(f"{name}: ratios are inconclusive, the same step over itself is {row['same_over_same_ratio']}")
-    tables = [measure.aligned(table)] if len(table) > 1 else []
-    tables += [measure.aligned(parts)] if len(parts) > 1 else []
+    tables = [measure.aligned(one) for one in (table, parts) if len(one) > 1]
     return "\n\n".join([*tables, *(["\n".join(lines)] if lines else [])])
+
+
+def named(row: Mapping[str, Any]) -> str:
+    return f"{row['model']} {row['side']} px {row['rows']} rows {row['rung']}"
 
 
 def chosen(text: str | None, known: Sequence[str], default: Sequence[str]) -> list[str]:
@@ -225,16 +252,17 @@ def chosen(text: str | None, known: Sequence[str], default: Sequence[str]) -> li
 
 
 def cuts(rungs: Sequence[Rung], device: torch.device) -> tuple[str, ...]:
-    """Which rungs are cut into parts if nobody says: of those that can be carried out the last, and the last eager."""
+    """Which rungs are cut into parts if nobody says: of those that can be, the first one and the first eager one."""
     able = [rung for rung in rungs if not rung.obstacle(device)]
     eager = [rung for rung in able if rung.level == "eager"]
-    return tuple(dict.fromkeys(rung.name for rung in (*eager[-1:], *able[-1:])))
+    return tuple(dict.fromkeys(rung.name for rung in (*able[:1], *eager[:1])))
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> int:
+    """Ends with 1 if anything that can be carried out failed."""
     words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.add_argument("--out", type=Path, help="the CSV to write")
+    parser.add_argument("--out", type=Path, help="the CSV, written row by row")
     parser.add_argument("--data", type=Path, help="a prepared data set, for the models that take its size; else noise")
     parser.add_argument("--model", default="wrn_28_2", help="some of timm's or ours, with commas")
     parser.add_argument("--side", type=int, help="of the images, in pixels; else 32, and for resnet50_cifar 64 too")
@@ -244,29 +272,32 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--precision", default="bf16", help="beside fp32: bf16,fp16")
     parser.add_argument("--rungs", help="names, with commas; else all, without torch.compile on a CPU")
-    parser.add_argument("--cut", help="rungs whose steps are cut into parts; else the last eager one and the last")
+    parser.add_argument(
+        "--cut", help="rungs whose steps are cut into parts; else the first and the first eager; or none"
+    )
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--steps", type=int, help="of a window; 20 on a GPU, 1 on a CPU")
     parser.add_argument("--small", action="store_true", help="few synthetic images, for trying it out")
+    parser.add_argument("--beside", type=int, default=0, help="how many others like this run meanwhile, for the rows")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args(words)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use")
     if min(arguments.repeats, arguments.labeled, arguments.steps or 1) < 1:
         parser.error("--repeats, --labeled and --steps must be at least 1")
-    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda:0" if cuda else "cpu")
     torch.set_num_threads(1)
     try:
+        device = measure.find_device(arguments.device)
+        cuda = device.type == "cuda"
         precisions = chosen(arguments.precision, ("bf16", "fp16", "fp32"), ())
         rungs = {rung.name: rung for rung in step_cases.ladder(precisions)}
         quick = [name for name, rung in rungs.items() if cuda or rung.level != "compile"]
         names = chosen(arguments.rungs, list(rungs), quick)
+        cut = cuts([rungs[name] for name in names], device)
+        cut = () if arguments.cut == "none" else tuple(chosen(arguments.cut, names, cut))
         plan = Plan(
             device,
             arguments.repeats,
             arguments.steps or (20 if cuda else 1),
-            tuple(chosen(arguments.cut, names, cuts([rungs[name] for name in names], device))),
+            cut,
         )
         ratios = [RATIOS[int(rows)] for rows in chosen(arguments.rows, list(map(str, RATIOS)), ())]
     except ValueError as error:
@@ -277,22 +308,29 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"left out: {left_out}, which starts slowly on a CPU; name it with --rungs", file=sys.stderr)
     origin = measure.provenance(device, measure.command("benchmarks.step", words, ("--out", "--data")))
     rows: Rows = []
-    for model in arguments.model.split(","):
-        for side in [arguments.side] if arguments.side else MODELS.get(model, (32,)):
-            for ratio in ratios:
-                shape = Shape(model, side, arguments.labeled, ratio)
-                with step_cases.data_of(shape, arguments.data, small=arguments.small) as manifest:
-                    data = f"{manifest.dataset}, sha256 {manifest.data_sha256[:12]}"
-                    found = measure_cell(shape, [rungs[name] for name in names], manifest, plan)
-                rows += [row | {"data": data} | origin for row in found]
+    with measure.table(arguments.out) as write:
+        for model in arguments.model.split(","):
+            for side in [arguments.side] if arguments.side else MODELS.get(model, (32,)):
+                for ratio in ratios:
+                    shape = Shape(model, side, arguments.labeled, ratio)
+                    with step_cases.data_of(shape, arguments.data, small=arguments.small) as manifest:
+                        own = {"data": f"{manifest.dataset}, sha256 {manifest.data_sha256[:12]}"}
+                        own |= {"beside": arguments.beside} | origin
+
+                        def take(row: Mapping[str, Any], own: Mapping[str, Any] = own) -> None:
+                            rows.append({**row, **own})
+                            write(rows[-1])
+                            said = f"{row['kind']}: {row['status']} {row['step_ms']}"
+                            print(f"{named(row)}: {said.strip()}", file=sys.stderr, flush=True)
+
+                        measure_cell(shape, [rungs[name] for name in names], manifest, plan, take)
     print(screen(rows))
     setting = (
         f"torch {origin['torch']}, {origin['clock']}, n={plan.repeats} windows of {plan.steps}; {origin['spread']}"
     )
     print(f"{origin['hardware']}, {origin['threads']} thread, {setting}")
-    if arguments.out:
-        measure.write_csv(arguments.out, rows)
+    return int(any(row["status"].startswith("failed") for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

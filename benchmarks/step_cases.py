@@ -36,6 +36,8 @@ BLOCK = 4096  # images made at once
 TAIL, RATIO = 20, 100
 """Images of the smallest class, and how many times as many the largest may have at most."""
 LABELED_SHARE = 0.1
+LATE = "--method.semi.warmup_epochs=0", "--method.semi.threshold=0.15"
+"""As late in a run: every term takes part, and with 10 classes nearly every pseudo-label is taken."""
 MIB = 2**20
 SYNTHETIC = {"wrn_28_2": (10, 4500, 10_000), "resnet50_cifar": (127, 100, 2_000)}
 """By model: classes, training images of the largest class, test images."""
@@ -105,13 +107,11 @@ class Rung:
 
 
 def ladder(precisions: Sequence[str]) -> list[Rung]:
-    """From the plainest step to the fastest."""
-    rungs = [Rung("eager", "fp32", channels_last=False), Rung("eager", "fp32")]
-    for precision in precisions:
-        rungs.append(Rung("eager", precision))
-        rungs.append(Rung("compile", precision, compiled=True))
-        rungs += [Rung("graph", precision, compiled=compiled) for compiled in (False, True)]
-    return list(dict.fromkeys(rungs))
+    """From the fastest step to the plainest: one that is ended has shown what matters most."""
+    best = [Rung("graph", precision, compiled=True) for precision in precisions]
+    plain = [Rung("eager", precision) for precision in precisions]
+    between = [rung for p in precisions for rung in (Rung("graph", p), Rung("compile", p, compiled=True))]
+    return list(dict.fromkeys([*best, *plain, *between, Rung("eager", "fp32"), Rung("eager", "fp32", False)]))
 
 
 def synthetic(out: Path, side: int, *, classes: int, largest: int, tests: int) -> Manifest:
@@ -151,9 +151,10 @@ def data_of(shape: Shape, path: Path | None, *, small: bool = False) -> Iterator
 
 
 def configured(shape: Shape, manifest: Manifest, device: torch.device, flags: Sequence[str]) -> Config:
-    """A run of `shape` with the defaults of the method; `flags` on top. Without keys of a split, every class has the
-    same share of labeled images."""
+    """A run of `shape` as it is late, else with the defaults of the method; `flags` on top. Without keys of a split,
+    every class has the same share of labeled images."""
     common = [
+        *LATE,
         f"--data.path={manifest.root}",
         f"--model.name={shape.model}",
         f"--batch.labeled={shape.labeled}",
@@ -214,12 +215,6 @@ class Peak:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             self.start, self.start_reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-
-    def forget(self) -> None:
-        """Count anew what is taken at most, from the same start."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self) -> tuple[float, float] | None:
         """(allocated at most, reserved at most); None where it is not counted."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 
-from benchmarks import measure, pipelines
+from benchmarks import measure, pipelines, step_cases
 from benchmarks.reference.loop import ReferenceLoop, check_rendered
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
-from semi_fast.schema.arguments import below, parse_config
+from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.config import Config
 from semi_fast.scores import scores
 from semi_fast.train import build
@@ -23,7 +23,8 @@ from semi_fast.train import build
 REFERENCE, OURS = "reference", "ours"
 TRAINERS = REFERENCE, OURS
 SMALL = "configs/cifar10_lt/cpu_semi.yaml"
-HELP = "every other flag is one of `semi-fast train`; without --config they are on top of " + SMALL
+FILE = f"--config={Path(__file__).resolve().parents[1] / SMALL}"
+HELP = "every other flag is one of `semi-fast train`; with --data and without --config they are on top of " + SMALL
 
 
 class Trainer(Protocol):
@@ -74,6 +75,10 @@ class Setting(NamedTuple):
     """Processes for each of the reference's two loaders."""
 
     def open(self, name: str) -> Trainer:
+        """On a GPU both search for kernels as ours does, from the first step on: what that takes is memory of both."""
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = not self.config.engine.deterministic
         if name == OURS:
             return OurLoop(self.config, self.manifest, self.split, self.device)
         return ReferenceLoop(self.config, self.manifest, self.split, self.device, workers=self.workers)
@@ -92,23 +97,32 @@ class Setting(NamedTuple):
         }
 
 
-def settings(data: Path, flags: Sequence[str], workers: int | None) -> Setting:
-    """What the flags of `semi-fast train` describe, in fp32 if they do not say otherwise.
+@contextmanager
+def data_or_noise(path: Path | None, *, small: bool) -> Iterator[tuple[Path, Sequence[str]]]:
+    """(a prepared data set, flags for what no flag says): `path`, or noise in a folder of now."""
+    if path is not None:
+        yield path, [FILE]
+        return
+    with step_cases.data_of(step_cases.Shape("wrn_28_2", 32, 64, 1), None, small=small) as manifest:
+        yield manifest.root, [f"--split.labeled_fraction={step_cases.LABELED_SHARE}", *step_cases.LATE]
+
+
+def settings(data: Path, flags: Sequence[str], workers: int | None, defaults: Sequence[str] = (FILE,)) -> Setting:
+    """What the flags of `semi-fast train` describe; `defaults`, and fp32, for what they do not say.
 
     Raises ValueError for what the reference loop does not do. Without `workers`, 0 on a CPU, so that the CPU time of
     one process is all there is, and 4 on a GPU, as the released code has.
     """
     given = {flag.partition("=")[0] for flag in flags}
-    small = [] if "--config" in given else ["--config", str(Path(__file__).resolve().parents[1] / SMALL)]
-    config = parse_config([*small, *below(flags, ["--precision=fp32", "--device=auto"]), f"--data.path={data}"])
+    unsaid = {flag.partition("=")[0]: flag for flag in ("--precision=fp32", "--device=auto", *defaults)}
+    unsaid = [flag for name, flag in unsaid.items() if name not in given]
+    config = parse_config([*unsaid, *flags, f"--data.path={data}"])
     check_rendered(config)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
-    cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = measure.find_device(config.device)
     manifest = load_manifest(data)
     split = seal_split(split_for(manifest, "run", config.split))
-    workers = (4 if cuda else 0) if workers is None else workers
-    return Setting(config, manifest, split, torch.device("cuda:0" if cuda else "cpu"), workers)
+    workers = (4 if device.type == "cuda" else 0) if workers is None else workers
+    return Setting(config, manifest, split, device, workers)
 
 
 class Seconds(NamedTuple):

@@ -10,15 +10,35 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+PATIENCE = 240
+"""Seconds within which what must come has come on the busiest machine: a guard against hanging, no measurement."""
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("no clock")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark with `gpu` what runs on a GPU: the kernels, but not what compiles them for others, and users of `device`."""
+    for item in items:
+        kernel = "kernels" in item.path.parts and "spill" not in item.name
+        if kernel or "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return DEVICE
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,11 +21,11 @@ from semi_fast.engine import Engine
 from semi_fast.preemption import Preemption
 from semi_fast.step import StepReport, TrainStep
 
+from .conftest import PATIENCE
 from .tiny import ARGUMENTS
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__, "semi_fast.ops.rand_augment.cpu"])
-SECONDS = 120
 EXCHANGES = ("all_reduce", "all_gather", "broadcast", "barrier")
 
 
@@ -61,7 +61,7 @@ def run_of(
     ]
     for fork in forks:
         fork.start()
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + PATIENCE
     for fork in forks[:1] if first else forks:
         fork.join(max(0.0, end - time.monotonic()))
     for fork in forks:

@@ -50,7 +50,7 @@ CONFIDENCES = st.sampled_from([0.0, 0.7, 0.75, 0.9, 0.99, 1.0, float("nan")])
 OFFERS = st.lists(st.tuples(st.integers(0, 2), CONFIDENCES, st.booleans()), min_size=6, max_size=6)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(OFFERS, min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 4), st.booleans())
 def test_equals_the_sequential_rule(
     steps: list[list[tuple[int, float, bool]]], slots: int, decay_every: int, oldest_leaves: bool

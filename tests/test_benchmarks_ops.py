@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks import measure, ops, view_cases
-from benchmarks.case import Goal
+from benchmarks.case import Case, Goal
 from benchmarks.measure import DispatchCounter, Spread, Work
 from benchmarks.reference import pillow_views, semi_step
 from semi_fast import memory_bank
@@ -193,3 +194,20 @@ def test_the_benchmark_writes_rows_that_can_be_traced(tmp_path: Path, capsys: py
         assert all(row[name] for name in ("date", "commit", "hardware", "threads", "torch", "python", "clock"))
     assert [bool(row["goal"]) for row in rows] == [True, True, False] * 2
     assert "loop_over_ours_ratio >= 8" in capsys.readouterr().out
+
+
+def test_a_case_that_fails_is_a_row_and_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, first = tmp_path / "ops.csv", ops.CASES["draw_views"](CPU)[0]
+
+    def failing(*_: object, **__: object) -> None:
+        raise TypeError("no\ncompiler")
+
+    def cases(device: torch.device) -> list[Case]:
+        return [replace(first, work=lambda op: Work([failing])), first]
+
+    monkeypatch.setitem(ops.CASES, "draw_views", cases)
+    assert ops.main(["--only", "draw_views", "--repeats", "1", "--device", "cpu", "--out", str(out)]) == 1
+    with out.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["failed: TypeError: no compiler", "measured"]
+    assert float(rows[1]["reference_us"]) > 0

@@ -13,6 +13,8 @@ import torch
 from benchmarks import pipelines
 from benchmarks.pipeline_cases import BASELINE, PIPELINES, synthetic_data
 
+from .conftest import PATIENCE
+
 
 def test_the_benchmark_writes_rows_that_can_be_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, chart = tmp_path / "pipelines.csv", tmp_path / "pipelines.png"
@@ -56,7 +58,7 @@ def burn(seconds: float, done: multiprocessing.Queue[bool]) -> None:
     while time.process_time() < end:
         pass
     done.put(True)
-    time.sleep(60)
+    time.sleep(PATIENCE)
 
 
 def test_the_time_of_workers_is_counted_while_they_run_and_after() -> None:
@@ -65,7 +67,7 @@ def test_the_time_of_workers_is_counted_while_they_run_and_after() -> None:
     worker = context.Process(target=burn, args=(0.3, done), daemon=True)
     before = pipelines.cpu_seconds()
     worker.start()
-    assert done.get(timeout=60)
+    assert done.get(timeout=PATIENCE)
     running = pipelines.cpu_seconds() - before
     worker.terminate()
     worker.join()

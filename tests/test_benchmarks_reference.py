@@ -193,19 +193,23 @@ def test_the_benchmark_writes_rows_that_can_be_traced(
     words = ["--repeats", "3", "--steps", "1", "--before", "0", *ARGUMENTS]
     benchmark.main(["--data", str(digits), *words, "--out", str(out)])
     with out.open(encoding="utf-8") as file:
-        rows = {row["trainer"]: row for row in csv.DictReader(file)}
-    assert list(rows) == [REFERENCE, OURS]
-    for row in rows.values():
+        kinds = {(row["kind"], row["trainer"]): row for row in csv.DictReader(file)}
+    assert list(kinds) == [(kind, name) for kind in ("steps", "evaluation", "counts") for name in (REFERENCE, OURS)]
+    rows = {name: kinds["steps", name] for name in (REFERENCE, OURS)}
+    waits = [float(kinds["counts", name]["waits_per_step"]) for name in rows]
+    for name, row in rows.items():
         low, ratio, high = (float(row[f"cpu_ratio{part}"]) for part in ("_low", "", "_high"))
         assert 0 < low <= ratio <= high
-        positive = "cpu_seconds wall_seconds evaluation_cpu_seconds build_seconds first_step_seconds peak_mib"
-        assert all(float(row[name]) > 0 for name in positive.split())
+        positive = "cpu_seconds wall_seconds build_seconds first_step_seconds peak_mib"
+        assert all(float(row[column]) > 0 for column in positive.split())
+        assert float(kinds["evaluation", name]["evaluation_cpu_seconds"]) > 0
         assert (row["model"], row["rows_per_step"], row["n"], row["level"]) == ("wrn_10_1", "32", "3", "eager")
-        assert all(row[name] for name in ("date", "commit", "hardware", "threads", "data", "clock", "split_sha256"))
+        provenance = "date commit hardware threads data clock split_sha256"
+        assert all(row[column] for column in provenance.split())
         assert row["command"].startswith("python -m benchmarks.reference --data digits --repeats 3")
         assert str(tmp_path) not in row["command"]
     assert float(rows[REFERENCE]["cpu_ratio"]) == 1
-    assert float(rows[REFERENCE]["waits_per_step"]) > 6 > float(rows[OURS]["waits_per_step"])
+    assert waits[0] > 6 > waits[1]
     assert rows[OURS]["goal"] == "cpu_ratio >= 1.15"
     assert f"{rows[OURS]['verdict']}: cpu_ratio >= 1.15" in capsys.readouterr().out
 
@@ -254,3 +258,17 @@ def test_the_command_names_no_folder_of_the_machine() -> None:
     for words in (["--data", "/some/where/cifar10"], ["--data=/some/where/cifar10"]):
         repeated = trainers.repeated("benchmarks.reference", [*words, "--out", "/a/b.csv", "--steps", "3"])
         assert repeated.replace("=", " ") == "python -m benchmarks.reference --data cifar10 --steps 3"
+
+
+def test_on_a_gpu_the_reference_searches_for_kernels_from_its_first_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ours does: else the memory of a search would be ours alone."""
+    searches = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(trainers, "ReferenceLoop", lambda *_, **__: searches.append(torch.backends.cudnn.benchmark))
+    for device, searched in ((CPU, False), (torch.device("cuda"), True)):
+        make()._replace(device=device).open(REFERENCE)
+        assert searches.pop() == searched
+    torch.set_float32_matmul_precision(before)

@@ -55,7 +55,7 @@ def test_what_is_written_is_read(tmp_path: Path, height: int, width: int, rows: 
     assert file.images().flags.writeable, "a copy, not the map"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     height=st.integers(1, 90),
     width=st.integers(1, 90),

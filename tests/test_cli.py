@@ -281,7 +281,7 @@ def means_nothing(text: str) -> bool:
         return False
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**64 - 1),
     lr=st.floats(1e-300, 1e300),

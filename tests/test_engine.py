@@ -17,7 +17,7 @@ from semi_fast.manifest import load_manifest, load_split
 from semi_fast.sampling import label_tables
 from semi_fast.train import guarded, run
 
-from .tiny import config
+from .tiny import config, on_device
 
 
 def state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -33,9 +33,9 @@ def records(run_dir: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SeMi run of 12 steps, saved every 3."""
+    """A SeMi run of 12 steps, saved every 3; on a GPU where there is one."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    run(config(digits, run_dir, "--checkpoint.every=3", "--checkpoint.keep=9"))
+    run(on_device(digits, run_dir, "--checkpoint.every=3", "--checkpoint.keep=9"))
     return run_dir
 
 
@@ -82,14 +82,16 @@ def test_the_resolved_configuration_gives_the_same_run(whole: Path, digits: Path
 
 
 @pytest.mark.parametrize("first", [3, 6, 9])
-def test_resuming_equals_running_through_bit_for_bit(whole: Path, digits: Path, tmp_path: Path, first: int) -> None:
+def test_resuming_equals_running_through_bit_for_bit(
+    whole: Path, digits: Path, tmp_path: Path, device: torch.device, first: int
+) -> None:
     """From a checkpoint inside and at the edge of log intervals; and a second time from the next one."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     for step in range(3, 13, 3):
         if step > first:
             shutil.rmtree(run_dir / "checkpoints" / f"step_{step:09d}")
-    run(config(digits, run_dir, "--checkpoint.every=3", "--checkpoint.keep=9", resume="auto"))
+    run(on_device(digits, run_dir, "--checkpoint.every=3", "--checkpoint.keep=9", resume="auto"))
     for step in range(3, 13, 3):
         ours, theirs = state(whole, step), state(run_dir, step)
         assert ours.keys() == theirs.keys()
@@ -139,7 +141,7 @@ def test_every_kind_of_saved_entry_matters(whole: Path, digits: Path, tmp_path: 
     manifest = json.loads((at / "manifest.json").read_text())
     manifest["files"]["state.safetensors"]["sha256"] = checkpoint.file_sha256(at / "state.safetensors")
     (at / "manifest.json").write_text(json.dumps(manifest))
-    run(config(digits, run_dir, "--checkpoint.every=0", resume="auto"))
+    run(on_device(digits, run_dir, "--checkpoint.every=0", resume="auto"))
     ours, theirs = state(whole, 12), state(run_dir, 12)
     same = all(torch.equal(ours[name], theirs[name]) for name in ours) and records(whole) == records(run_dir)
     assert not same
@@ -245,7 +247,7 @@ def test_going_back_to_an_older_checkpoint_retires_the_newer_ones(whole: Path, d
     shutil.copytree(whole, run_dir)
     at = run_dir / "checkpoints" / "step_000000003"
     flags = ("--checkpoint.every=3", "--checkpoint.keep=1")
-    run(config(digits, run_dir, *flags, resume=str(at)))
+    run(on_device(digits, run_dir, *flags, resume=str(at)))
     assert [path.name for path in checkpoint.published(run_dir / "checkpoints")] == ["step_000000012"]
     assert records(run_dir) == records(whole)
 

@@ -29,7 +29,7 @@ from semi_fast.pipelines import ffcv as pipeline
 from semi_fast.pipelines.ffcv import STEPS_AHEAD, Feed, FfcvRows, ffcv_library
 from semi_fast.sampling import Batches
 
-from .conftest import SHARED
+from .conftest import PATIENCE, SHARED
 
 if importlib.util.find_spec("ffcv") is None and os.environ.get("CI") != "true":
     pytest.skip(f"FFCV is not installed: {pipeline.INSTALL}", allow_module_level=True)
@@ -97,7 +97,7 @@ def kept_loaders(compiled: Callable[[Path, int], Any], monkeypatch: pytest.Monke
 def no_thread_stays() -> Iterator[None]:
     before = threading.active_count()
     yield
-    patience = time.monotonic() + 5  # those of the official Writer's queues end by themselves
+    patience = time.monotonic() + PATIENCE  # those of the official Writer's queues end by themselves
     while threading.active_count() > before and time.monotonic() < patience:
         gc.collect()
         time.sleep(0.01)
@@ -267,13 +267,12 @@ def test_an_exception_of_a_thread_arrives(
     def fail() -> None:
         raise MemoryError("no room left")
 
+    monkeypatch.setattr(pipeline, "TIMEOUT_SECONDS", PATIENCE)  # it is not that which ends the wait
     before, rows = threading.active_count(), FfcvRows(manifest, order, threads=2)
     rows.fetch(0)
     failing(rows, fail, monkeypatch)
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"FFCV failed on .*unlabeled\.beton: MemoryError\('no room") as caught:
         fetch_all(rows, range(1, 3 * STEPS_AHEAD))
-    assert time.monotonic() - start < 10
     assert isinstance(caught.value.__cause__, MemoryError)
     assert threading.active_count() == before, "its threads have ended"
     with pytest.raises(RuntimeError, match=r"data\.source=ffcv is closed"):
@@ -287,14 +286,14 @@ def test_a_thread_that_hangs_does_not_hang_the_run(
     rows, free = FfcvRows(manifest, order, threads=1), threading.Event()
     rows.fetch(0)
     hung = list(rows.feeds[1].epochs)
-    monkeypatch.setattr(pipeline, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(pipeline, "TIMEOUT_SECONDS", 5.0)
     monkeypatch.setattr(pipeline, "ENDING_SECONDS", 0.1)
-    failing(rows, lambda: free.wait(60), monkeypatch)
-    with pytest.raises(RuntimeError, match=r"FFCV gave no rows of .*unlabeled\.beton within 0\.5 s"):
+    failing(rows, lambda: free.wait(PATIENCE), monkeypatch)
+    with pytest.raises(RuntimeError, match=r"FFCV gave no rows of .*unlabeled\.beton within 5 s"):
         fetch_all(rows, range(1, 3 * STEPS_AHEAD))
     free.set()
     for thread in hung:
-        thread.join(10)
+        thread.join(PATIENCE)
 
 
 @pytest.mark.usefixtures("kept_loaders")

@@ -11,7 +11,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ from semi_fast.data_prep.readers.kept_chunks import KeptChunks, scratch_bytes
 from semi_fast.data_prep.restricted_unpickler import StoredArray, load_stored_dict
 from semi_fast.data_prep.writers.resident import needed_bytes
 from semi_fast.manifest import Manifest, load_manifest, verify_manifest
+from tests.conftest import PATIENCE
 from tests.synthetic_data import (
     imagenet_batches,
     python2_pickle,
@@ -391,8 +392,15 @@ def test_decoding_processes_end_with_their_reader(tmp_path: Path) -> None:
     next(raw.blocks)
     assert len(children() - before) >= len(os.sched_getaffinity(0))
     raw.blocks.close()  # type: ignore[attr-defined]
-    time.sleep(0.1)
-    assert {pid for pid in children() - before if "multiprocessing.spawn" in _command(pid)} == set()
+    assert alive(children() - before) == []
+
+
+def alive(pids: Iterable[str]) -> list[str]:
+    """Those of the decoding processes that do not end."""
+    until = time.monotonic() + PATIENCE
+    while (found := [pid for pid in pids if "multiprocessing.spawn" in _command(pid)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
 
 
 def _command(pid: str) -> str:
@@ -431,10 +439,7 @@ def test_a_killed_process_leaves_no_other_behind(tmp_path: Path, who: str) -> No
         assert end.returncode == 0, "others take their place"
         *pids, rows = end.stdout.split()
         assert int(rows) == 1200 + 3 - decoding.CHUNK_IMAGES
-    until = time.monotonic() + 10
-    while (alive := [pid for pid in pids if _command(pid)]) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert alive == []
+    assert alive(pids) == []
 
 
 def decoded_count(monkeypatch: pytest.MonkeyPatch) -> list[int]:

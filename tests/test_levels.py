@@ -17,19 +17,22 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from benchmarks import operations
-from semi_fast import levels, train
+from semi_fast import checkpoint, levels, train
 from semi_fast.capture import WARM_UP, CaptureError, on_side_stream, rehearse
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.engine import Engine
 from semi_fast.levels import Level, ladder
 from semi_fast.manifest import load_manifest, seal_split
 from semi_fast.ops import door
+from semi_fast.pipelines import source
+from semi_fast.schema.config import Config
 from semi_fast.schema.engine import EngineConfig
 from semi_fast.step import TrainStep
 from semi_fast.train import guarded, run
 
 from . import tape
-from .tiny import config
+from .conftest import DEVICE
+from .tiny import config, on_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ALONE = {"several_processes": False, "synchronised": False}
@@ -72,13 +75,13 @@ def test_a_level_that_cannot_be_is_refused_in_one_line(
 
 @pytest.fixture
 def engine(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    """An engine of a small run, in memory."""
+    """An engine of a small run, in memory; with `made=on_device` on a GPU where there is one."""
 
-    def build(*flags: str) -> Engine:
-        options = config(digits, tmp_path / "run", *flags)
+    def build(*flags: str, made: Callable[..., Config] = config) -> Engine:
+        options = made(digits, tmp_path / "run", *flags)
         manifest = load_manifest(digits)
         split = seal_split(split_for(manifest, "run", options.split))
-        accelerator = Accelerator(cpu=True)
+        accelerator = Accelerator(cpu=options.device == "cpu")
         return train.build(options, manifest, split, accelerator, run_dir=tmp_path, meta={}, stack=stack)
 
     with ExitStack() as stack:
@@ -90,13 +93,14 @@ def contents(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_rehearsal_leaves_no_trace(engine: Callable[..., Engine], precision: str) -> None:
+def test_a_rehearsal_leaves_no_trace(engine: Callable[..., Engine], precision: str, device: torch.device) -> None:
     """At the start, and in the middle of a run and of a log interval."""
-    steps = engine(f"--precision={precision}")
+    steps = engine(f"--precision={precision}", "--engine.level=eager", made=on_device)
     for begin in (0, 4):
         for step in range(begin, begin + 4):
+            steps.draws.renew(step)
             before = contents(steps)
-            rehearse(steps.work, steps.changed, CPU)
+            rehearse(steps.work, steps.changed, device)
             after = contents(steps)
             later = [name for name in after if name not in before or before[name].shape != after[name].shape]
             assert later == (["interval.sums"] if step == 0 else [])
@@ -166,44 +170,108 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in clock} for record in found]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_that_is_recorded_once_and_repeated_trains_the_same(
-    method: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a CUDA graph does with the step, the sampling, the statistics and the evaluation; see tests/tape.py."""
-    monkeypatch.setattr(door, "values_at_hand", lambda device: False)  # fixed shapes, as on a GPU
-    monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
-    run(config(digits, tmp_path / "eager", *METHODS[method]))
-    monkeypatch.setattr(levels, "Graph", tape.Replay)
-    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
-    run(config(digits, tmp_path / "graph", *METHODS[method]))
-    assert json.loads((tmp_path / "graph" / "env.json").read_text())["engine"]["level"] == "graph"
-    ours, theirs = final(tmp_path / "eager"), final(tmp_path / "graph")
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on steps are captured: on a GPU as a graph, elsewhere as a recording (see tests/tape.py), which
+    needs fixed shapes, as a GPU does."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(door, "values_at_hand", lambda device: False)
+        monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
+        monkeypatch.setattr(levels, "Graph", tape.Replay)
+    captured = [Level(captured=True, compiled=False)], ""
+    return lambda: monkeypatch.setattr(train, "ladder", lambda *_, **__: captured)
+
+
+def different(one: Path, other: Path) -> list[str]:
+    """Names of what two runs do not share bit for bit."""
+    ours, theirs = final(one), final(other)
     assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.parametrize(("method", "rows"), [*((method, "resident") for method in METHODS), ("semi", "read ahead")])
+def test_a_step_that_is_captured_trains_the_same(
+    method: str,
+    rows: str,
+    digits: Path,
+    tmp_path: Path,
+    device: torch.device,
+    captures: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The step, the sampling, the statistics and the evaluation; a thread that reads ahead goes on meanwhile."""
+    monkeypatch.setattr(source, "FITS", 0.0 if rows == "read ahead" else source.FITS)
+    flags = (*METHODS[method], "--engine.level=eager")
+    run(on_device(digits, tmp_path / "eager", *flags))
+    captures()
+    run(on_device(digits, tmp_path / "graph", *flags))
+    assert json.loads((tmp_path / "graph" / "env.json").read_text())["engine"]["level"] == "graph"
+    assert different(tmp_path / "eager", tmp_path / "graph") == []
     assert records(tmp_path / "eager") == records(tmp_path / "graph")
 
 
-def test_the_recording_notices_what_python_decides(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_captured_fp16_steps_overflow_as_eager_ones_do(
+    digits: Path, tmp_path: Path, device: torch.device, captures: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a scale that is too large: steps are left out until it has fallen, then the network learns."""
+    if device.type == "cpu":
+        pytest.skip("on a CPU the scaler of fp16 reads a value in every step, which no recording can hold")
+    scaler, largest = torch.amp.GradScaler, 2.0**20
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(scaler, init_scale=largest))
+    flags = ("--precision=fp16", "--engine.level=eager")
+    run(on_device(digits, tmp_path / "eager", *flags))
+    captures()
+    run(on_device(digits, tmp_path / "graph", *flags))
+    assert different(tmp_path / "eager", tmp_path / "graph") == []
+    for name in ("eager", "graph"):
+        meta = checkpoint.load(tmp_path / name / "checkpoints" / "step_000000012").meta
+        assert 2.0**10 < meta["scaler"]["scale"] < largest
+    assert any("momentum" in name and tensor.any() for name, tensor in final(tmp_path / "graph").items())
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_neither_steps_nor_evaluations_wait(
+    captured: bool, engine: Callable[..., Engine], device: torch.device
+) -> None:
+    """On a GPU torch raises where the host would; the recording above and the counts of dispatched operations show it
+    elsewhere."""
+    if device.type == "cpu":
+        pytest.skip("a CPU has nothing to wait for")
+    steps = engine("--precision=bf16", "--engine.level=eager", made=on_device)
+    steps.levels = [Level(captured=captured, compiled=False)]
+    evaluation = steps.evaluations[0]
+    steps.one_step(0)
+    evaluation.confusions()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 20):
+            steps.one_step(step)
+        evaluation.at.fill_(evaluation.first)
+        for _ in range(evaluation.batches):
+            evaluation.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    steps.check_finite()
+
+
+def test_a_capture_notices_what_python_decides(
+    digits: Path, tmp_path: Path, device: torch.device, captures: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test above can fail: a schedule that counts in Python stands still in a graph."""
     calls: list[int] = []
 
     def counted(step: torch.Tensor, *, base: float, steps: int) -> torch.Tensor:
         calls.append(1)
-        return torch.full((), base / len(calls), dtype=torch.float64)
+        return torch.full((), base / len(calls), dtype=torch.float64, device=step.device)
 
     monkeypatch.setattr("semi_fast.step.cosine_7_16", counted)
-    monkeypatch.setattr(levels, "Graph", tape.Replay)
-    monkeypatch.setattr(door, "values_at_hand", lambda device: False)
-    monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
-    run(config(digits, tmp_path / "eager", "--method.name=supervised"))
+    flags = ("--method.name=supervised", "--engine.level=eager")
+    run(on_device(digits, tmp_path / "eager", *flags))
     calls.clear()
-    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
-    run(config(digits, tmp_path / "graph", "--method.name=supervised"))
-    ours, theirs = final(tmp_path / "eager"), final(tmp_path / "graph")
-    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    captures()
+    run(on_device(digits, tmp_path / "graph", *flags))
+    assert different(tmp_path / "eager", tmp_path / "graph")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -422,15 +490,12 @@ def test_what_is_no_lack_of_memory_is_not_taken_for_one() -> None:
 
 
 def test_a_run_that_goes_on_at_another_level_says_so(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, captures: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--checkpoint.every=6", "--checkpoint.keep=9")
     run(config(digits, tmp_path / "run", *flags))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000012")
-    monkeypatch.setattr(door, "values_at_hand", lambda device: False)
-    monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
-    monkeypatch.setattr(levels, "Graph", tape.Replay)
-    monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
+    captures()
     capsys.readouterr()
     run(config(digits, tmp_path / "run", *flags, resume="auto"))
     assert "warning: engine.level was eager" in capsys.readouterr().out

@@ -92,7 +92,7 @@ def test_a_ratio_below_one_or_not_finite_is_refused(ratio: float) -> None:
         class_counts(10, 10, ratio)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rule=st.sampled_from(list(RULES)),
     labeled_max=st.integers(3, 14),

@@ -22,6 +22,7 @@ from semi_fast.cli import main
 from semi_fast.preemption import Preemption
 from semi_fast.train import run
 
+from .conftest import PATIENCE
 from .tiny import ARGUMENTS, config
 
 STEPS = 400
@@ -50,7 +51,7 @@ def started(digits: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 def wait_for_steps(run_dir: Path, steps: int) -> None:
     """Until the metrics tell of so many steps."""
-    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if metrics.exists() and any(json.loads(line)["step"] >= steps for line in metrics.read_text().splitlines()):
             return
@@ -85,7 +86,7 @@ def test_a_signal_saves_and_ends_with_75_and_the_run_goes_on_bit_for_bit(
     process = started(TRAIN, run_dir)
     wait_for_steps(run_dir, 7)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     (step,) = saved(run_dir)
     assert 7 <= step < STEPS
@@ -110,7 +111,7 @@ def test_one_process_that_is_asked_stops_all_at_the_same_step(
     workers = psutil.Process(launcher.pid).children()
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGTERM)  # whichever rank it is
-    _, errors = launcher.communicate(timeout=90)
+    _, errors = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode != 0  # a launcher turns every code into 1
     (step,) = saved(run_dir)
     assert errors.count(f"SIGTERM: saved after step {step}") >= 2, errors
@@ -126,7 +127,7 @@ def test_the_end_of_a_launcher_leaves_no_process_behind(
     wait_for_steps(run_dir, 7)
     workers = psutil.Process(launcher.pid).children(recursive=True)
     launcher.send_signal(number)
-    gone, alive = psutil.wait_procs(workers, timeout=60)
+    gone, alive = psutil.wait_procs(workers, timeout=PATIENCE)
     assert alive == []
     assert len(gone) >= 2
     assert len(saved(run_dir)) == 1
@@ -139,11 +140,9 @@ def test_a_lost_process_ends_the_other(tmp_path: Path, started: Callable[..., su
     wait_for_steps(run_dir, 7)
     workers = psutil.Process(launcher.pid).children()
     workers[0].kill()
-    began = time.monotonic()
-    launcher.communicate(timeout=90)
+    launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode != 0
-    assert time.monotonic() - began < 60
-    assert psutil.wait_procs(workers, timeout=5)[1] == []
+    assert psutil.wait_procs(workers, timeout=PATIENCE)[1] == []
 
 
 def test_sigusr1_asks_too_and_nohup_keeps_sighup_from_it() -> None:
@@ -160,10 +159,10 @@ def test_sigusr1_asks_too_and_nohup_keeps_sighup_from_it() -> None:
 
 
 def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "SAME_SECONDS", float("inf"))
     with Preemption(60) as asked:
         for _ in range(2):  # as a launcher passes on what the terminal has sent
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
         assert asked.check(3) is signal.SIGINT
         monkeypatch.setattr(preemption, "SAME_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):

@@ -399,9 +399,7 @@ def test_a_lost_process_is_named_by_the_other(
     change: Callable[[], object], code: int, digits: Path, tmp_path: Path
 ) -> None:
     """Without a launcher, which would end it; what hangs is killed by the test once the other has ended."""
-    began = time.monotonic()
     first, second = run_of(2, digits, tmp_path / "run", *FLAGS, "--engine.timeout_seconds=5", change=change, first=True)
-    assert time.monotonic() - began < 60
     assert (first.code, second.code) == (3, code)
     assert "semi-fast: another process of this run has ended, or did not answer within" in first.output
     assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 3
@@ -471,7 +469,7 @@ def test_a_checksum_is_of_every_bit_and_its_place(dtype: torch.dtype, monkeypatc
     assert processes.checksum(values) == first
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 30))
 def test_evaluation_counts_every_image_once(images: int, count: int, batch: int) -> None:
     """Also where neither processes nor forwards divide the set, and where it has fewer images than there are."""

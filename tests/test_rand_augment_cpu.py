@@ -67,7 +67,7 @@ def drawn(
     return ViewParameters(*(torch.from_numpy(field) for field in fields))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),

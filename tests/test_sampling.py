@@ -18,7 +18,7 @@ def batches(**processes: int) -> Batches:
     return Batches(LABELED, UNLABELED, seed=5, labeled_rows=8, unlabeled_rows=16, **processes)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.sets(st.integers(0, 500), min_size=1, max_size=40),
     st.integers(0, 2**64 - 1),
@@ -72,7 +72,7 @@ def test_an_empty_set_is_refused() -> None:
         Stream(np.array([], dtype=np.int64), seed=0, stream=ORDER_LABELED)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 60),
     st.integers(1, 200),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,13 +70,14 @@ def test_a_format_that_was_not_prepared_is_refused(manifest: Manifest) -> None:
 
 
 class Broken:
-    """Rows that fail at step 3, or are slow."""
+    """Rows that fail at step 3, or come only once they are `free`."""
 
-    def __init__(self, seconds: float = 0.0):
-        self.seconds, self.closed = seconds, False
+    def __init__(self, free: threading.Event | None = None):
+        self.free, self.closed = free, False
 
     def fetch(self, step: int) -> np.ndarray:
-        time.sleep(self.seconds)
+        if self.free:
+            self.free.wait()
         if step == 3:
             raise OSError("the disk is gone")
         return np.full((2, 4, 4, 3), step, np.uint8)
@@ -150,9 +150,11 @@ def test_the_buffers_of_a_decoder_are_its_own_when_it_first_writes(monkeypatch: 
 
 def test_rows_that_do_not_come_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "PATIENCE_SECONDS", 0.05)
-    opened = HostSource(Broken(seconds=0.3), CPU, "slow")
+    free = threading.Event()
+    opened = HostSource(Broken(free), CPU, "slow")
     with pytest.raises(RuntimeError, match="the rows of step 0 did not come within 0 s"):
         opened.fetch(0, torch.empty(2, 4, 4, 3, dtype=torch.uint8))
+    free.set()
     opened.close()
 
 

@@ -57,7 +57,7 @@ def test_what_a_kill_has_left_beside_a_finished_subset_goes_with_the_next_comman
         shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         return main(command)
 
-    assert forked(child, seconds=60).signal == signal.SIGKILL
+    assert forked(child).signal == signal.SIGKILL
     verify_manifest(load_manifest(out))
     assert hidden.exists()
     assert main(command) == 2

@@ -17,6 +17,7 @@ from semi_fast import sweep as module
 from semi_fast.cli import main
 from semi_fast.sweep import devices, sweep
 
+from .conftest import PATIENCE
 from .tiny import FILE
 
 
@@ -107,13 +108,13 @@ def test_an_interruption_ends_the_runs(files: list[str], tmp_path: Path) -> None
     process = subprocess.Popen([sys.executable, "-m", "semi_fast.cli", *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     config = tmp_path / "out" / "supervised" / "seed_0" / "config.yaml"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not config.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     lock = tmp_path / "out" / "supervised" / "seed_0" / "run.lock"
     runner = int(lock.read_text().split()[1]) if lock.exists() else None
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     status = json.loads((config.parent / "status.json").read_text())
     assert status["exit_code"] == 75, "the run was told once, and saved"

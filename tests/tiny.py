@@ -9,6 +9,8 @@ from typing import Any
 from semi_fast.cli import parse_config
 from semi_fast.schema.config import Config
 
+from .conftest import DEVICE
+
 FILE = Path(__file__).with_name("tiny.yaml")
 ARGUMENTS = [f"--config={FILE}"]
 
@@ -17,3 +19,9 @@ def config(data: Path, run_dir: Path | None, *flags: str, **top: Any) -> Config:
     """The tiny configuration with flags on top."""
     where = [] if run_dir is None else [f"--run_dir={run_dir}"]
     return replace(parse_config([*ARGUMENTS, f"--data.path={data}", *where, *flags]), **top)
+
+
+def on_device(data: Path, run_dir: Path | None, *flags: str, **top: Any) -> Config:
+    """The same on a GPU where there is one, and there as repeatable as on a CPU."""
+    exact = ["--engine.deterministic=true"] if DEVICE.type == "cuda" else []
+    return config(data, run_dir, *exact, *flags, device=DEVICE.type, **top)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from benchmarks import first_steps, measure, ops, trainers
 from benchmarks.case import Goal
 from benchmarks.first_steps import First
-from benchmarks.measure import Counts, Spread, Work, paired_ratio, quartiles
+from benchmarks.measure import Counts, Spread, Work, Write, paired_ratio, quartiles
 from benchmarks.reference.loop import ReferenceLoop
 from benchmarks.trainers import OURS, REFERENCE, TRAINERS, OurLoop, Seconds, Setting, Trainer, run_steps, timed
 
@@ -29,6 +30,11 @@ CLOCK = (
     "the process, its threads and its loaders' processes. Verdicts by CPU time on a CPU and by wall on a GPU. Counts: "
     "without the reference's loaders, with our views. If no flag says otherwise the steps are of the phase after the "
     "warm-up, where every term takes part. " + first_steps.MEANING
+)
+VALUES = (
+    *("loading_seconds", "selected_rows", "bank_fill"),
+    *("dispatched_per_step", "views_per_step", "launches_per_step", "waits_per_step"),
+    *("build_seconds", "first_step_seconds", "second_start_seconds", "peak_mib", "reserved_mib", "memory_share"),
 )
 ACTIVE = "--method.semi.warmup_epochs=0"
 Rows = list[dict[str, Any]]
@@ -62,79 +68,81 @@ def count(loop: Trainer, device: torch.device) -> Counts:
     return measure.count(Work([loop.step]), device)
 
 
-def compare(name: str, windows: Mapping[str, Sequence[Seconds]], evaluations: Sequence[Seconds]) -> dict[str, Spread]:
-    """The spreads of a trainer."""
+def compare(name: str, windows: Mapping[str, Sequence[Seconds]], device: torch.device) -> dict[str, Spread]:
+    """The spreads of a trainer's steps, and that of ours to itself by the clock of the verdict."""
     mine, base = windows[name], windows[REFERENCE]
-    found = {
+    same, ours = ([window.of(device) for window in windows[one]] for one in (SAME, OURS))
+    return {
         "cpu_seconds": quartiles([window.cpu for window in mine]),
         "wall_seconds": quartiles([window.wall for window in mine]),
         "cpu_ratio": paired_ratio([window.cpu for window in base], [window.cpu for window in mine]),
         "wall_ratio": paired_ratio([window.wall for window in base], [window.wall for window in mine]),
+        "same_over_same_ratio": paired_ratio(same, ours),
     }
-    if evaluations:
-        found["evaluation_cpu_seconds"] = quartiles([one.cpu for one in evaluations])
-        found["evaluation_wall_seconds"] = quartiles([one.wall for one in evaluations])
-    return found
 
 
-def control(windows: Mapping[str, Sequence[Seconds]], device: torch.device) -> Spread:
-    """Of ours to itself, by the clock of the verdict."""
-    same, ours = ([window.of(device) for window in windows[name]] for name in (SAME, OURS))
-    return paired_ratio(same, ours)
-
-
-def measure_setting(setting: Setting, *, before: int, steps: int, repeats: int, evaluations: int) -> Rows:
-    """A row for each trainer."""
-    device, firsts, loops, again = setting.device, {}, {}, {}
-    for name in TRAINERS:
-        firsts[name] = first_steps.begin(name, setting)
-        print(f"{name}: {first_steps_in_words(firsts[name])}", file=sys.stderr)
+def measure_setting(setting: Setting, write: Write, *, before: int, steps: int, repeats: int, evaluations: int) -> None:
+    """Rows of each trainer, given to `write` as soon as they are known: of its steps, its evaluations, its counts."""
+    device, firsts, again, loops = setting.device, {}, {}, {}
+    if device.type == "cpu":
+        for name in TRAINERS:
+            firsts[name] = first_steps.begin(name, setting)
+            print(f"{name}: {first_steps_in_words(firsts[name])}", file=sys.stderr)
     for name in TRAINERS:  # the reference first
-
-        def start(name: str = name) -> None:
-            loops[name] = setting.open(name)
-            loops[name].step()
-
-        again[name] = timed(start, device)
+        loops[name], again[name] = first_steps.begin_here(name, setting)
         run_steps(loops[name], before)
+    firsts = firsts or again
     reference = loops[REFERENCE]
     assert isinstance(reference, ReferenceLoop)
     loaded, done = reference.loading_seconds, reference.done
     windows = run_windows(loops, steps, repeats, device)
     loading = (reference.loading_seconds - loaded) / (reference.done - done)
-    evaluated = {name: [] for name in TRAINERS}
-    for _ in range(evaluations):
-        for name in TRAINERS:
-            evaluated[name].append(timed(loops[name].evaluate, device))
-    rows = []
     for name, loop in loops.items():
-        found = compare(name, windows, evaluated[name]) | {"same_over_same_ratio": control(windows, device)}
-        counted = count(loop, device)
-        ours = isinstance(loop, OurLoop)
-        row: dict[str, Any] = {"trainer": name, **setting.columns}
-        row["precision"] = setting.config.precision if ours else "fp32"
-        row["level"] = loop.engine.level["level"] if isinstance(loop, OurLoop) else "eager"
-        for column in SPREADS:
-            for part in Spread._fields:
-                key = column if part == "median" else f"{column}_{part}"
-                row[key] = ops.digits(getattr(found[column], part)) if column in found else ""
-        row["loading_seconds"] = "" if ours else ops.digits(loading)
-        row["selected_rows"] = "" if ours else f"{reference.meters['mask'] * 2 * unlabeled(setting):.0f}"
-        row["bank_fill"] = "" if ours else f"{float((reference.bank.confidences > 0).float().mean()):.3f}"
-        row |= {f"{c}_per_step": "" if v is None else f"{v:.1f}" for c, v in counted._asdict().items()}
-        first = firsts[name]
-        row["build_seconds"], row["first_step_seconds"] = (
-            f"{seconds:.2f}" for seconds in (first.build_seconds, first.step_seconds)
-        )
-        row["second_start_seconds"] = f"{again[name].wall:.2f}"
-        row["peak_mib"] = f"{first.peak_mib:.0f}"
-        row["reserved_mib"] = "" if first.reserved_mib is None else f"{first.reserved_mib:.0f}"
-        row["memory_share"] = f"{first.peak_mib / firsts[REFERENCE].peak_mib:.3f}"
-        row["goal"], row["verdict"] = ops.judge(goals(os.cpu_count() or 1) if ours else (), found, device)
-        row |= {"n": repeats, "steps_per_window": steps, "steps_before": before}
-        rows.append(row)
+        ours, first = isinstance(loop, OurLoop), firsts[name]
+        values = {
+            "loading_seconds": "" if ours else ops.digits(loading),
+            "selected_rows": "" if ours else f"{reference.meters['mask'] * 2 * unlabeled(setting):.0f}",
+            "bank_fill": "" if ours else f"{float((reference.bank.confidences > 0).float().mean()):.3f}",
+            "build_seconds": f"{first.build_seconds:.2f}",
+            "first_step_seconds": f"{first.step_seconds:.2f}",
+            "second_start_seconds": f"{again[name].build_seconds + again[name].step_seconds:.2f}",
+            **memory(first, firsts[REFERENCE]),
+        }
+        write(row_of("steps", name, loop, compare(name, windows, device), values, setting))
+    for name, loop in loops.items() if evaluations else ():
+        taken = [timed(loop.evaluate, device) for _ in range(evaluations)]
+        found = {"evaluation_cpu_seconds": quartiles([one.cpu for one in taken])}
+        found["evaluation_wall_seconds"] = quartiles([one.wall for one in taken])
+        write(row_of("evaluation", name, loop, found, {}, setting))
+    for name, loop in loops.items():
+        counted = count(loop, device)._asdict()
+        values = {f"{c}_per_step": "" if v is None else f"{v:.1f}" for c, v in counted.items()}
+        write(row_of("counts", name, loop, {}, values, setting))
+    for loop in loops.values():
         loop.close()
-    return rows
+
+
+def memory(first: First, of_reference: First) -> dict[str, str]:
+    """Of the first steps, as far as it is counted."""
+    found = {"peak_mib": first.peak_mib, "reserved_mib": first.reserved_mib}
+    row = {name: f"{value:.0f}" for name, value in found.items() if value is not None}
+    if first.peak_mib is not None and of_reference.peak_mib is not None:
+        row["memory_share"] = f"{first.peak_mib / of_reference.peak_mib:.3f}"
+    return row
+
+
+def row_of(
+    kind: str, name: str, loop: Trainer, found: Mapping[str, Spread], values: Mapping[str, str], setting: Setting
+) -> dict[str, Any]:
+    ours = isinstance(loop, OurLoop)
+    row: dict[str, Any] = {"kind": kind, "trainer": name, **setting.columns}
+    row["precision"] = setting.config.precision if ours else "fp32"
+    row["level"] = loop.engine.level["level"] if isinstance(loop, OurLoop) else "eager"
+    row |= ops.spread_cells(SPREADS, found)
+    row |= dict.fromkeys(VALUES, "") | dict(values)
+    judged = goals(os.cpu_count() or 1) if ours else ()
+    row["goal"], row["verdict"] = ops.judge(judged, dict(found), setting.device)
+    return row
 
 
 def unlabeled(setting: Setting) -> int:
@@ -162,10 +170,11 @@ def screen(rows: Rows) -> str:
         "evaluation_wall_seconds": "wall s",
     }
     table, lines = [["", "model", "precision", "level", *columns.values(), *ends.values()]], []
-    for row in rows:
+    for row in (row for row in rows if row["kind"] == "steps"):
+        mine = [other for other in rows if other["trainer"] == row["trainer"]]
+        every = {column: next((other[column] for other in mine if other[column]), "-") for column in ends}
         numbers = [ops.interval(row, column) for column in columns]
-        table.append([*(row[c] for c in ("trainer", "model", "precision", "level")), *numbers])
-        table[-1] += [row[column] or "-" for column in ends]
+        table.append([*(row[c] for c in ("trainer", "model", "precision", "level")), *numbers, *every.values()])
         if row["goal"]:
             lines.append(f"{row['verdict']}: {row['goal']}, {ops.interval(row, row['goal'].split()[0])}")
             lines.append(f"ours to itself {ops.interval(row, 'same_over_same_ratio')}")
@@ -177,31 +186,41 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.reference", description=f"{__doc__} {trainers.HELP}", allow_abbrev=False
     )
-    parser.add_argument("--data", type=Path, required=True, help="a prepared data set")
-    parser.add_argument("--out", type=Path, help="the CSV to write")
+    parser.add_argument(
+        "--data", type=Path, help="a prepared data set; else noise of 32 pixels, for the method's options"
+    )
+    parser.add_argument("--out", type=Path, help="the CSV, written row by row")
     parser.add_argument("--steps", type=int, help="of a window; 2 on a CPU, else 50")
     parser.add_argument("--repeats", type=int, default=15, help="windows of each")
-    parser.add_argument("--before", type=int, help="steps of each before the first window; as many, if not said")
+    parser.add_argument("--before", type=int, help="steps of each before the first window, and after its first three")
     parser.add_argument("--evaluations", type=int, default=1, help="of the test set by each; 0 for none")
     parser.add_argument("--workers", type=int, help="processes of each of the reference's loaders; 0 on a CPU, else 4")
+    parser.add_argument("--small", action="store_true", help="less noise, for trying it out")
     arguments, flags = parser.parse_known_args(words)
-    try:
-        setting = trainers.settings(arguments.data, [ACTIVE, *flags], arguments.workers)
-    except ValueError as error:
-        parser.error(str(error))
-    steps = arguments.steps if arguments.steps is not None else 2 if setting.device.type == "cpu" else 50
-    before = steps if arguments.before is None else arguments.before
-    if min(steps, arguments.repeats) < 1 or min(before, arguments.evaluations) < 0:
-        parser.error("--steps and --repeats must be positive, --before and --evaluations not negative")
     torch.set_num_threads(1)
+    with ExitStack() as stack:
+        data, defaults = stack.enter_context(trainers.data_or_noise(arguments.data, small=arguments.small))
+        try:
+            setting = trainers.settings(data, flags, arguments.workers, (ACTIVE, *defaults))
+        except ValueError as error:
+            parser.error(str(error))
+        steps = arguments.steps if arguments.steps is not None else 2 if setting.device.type == "cpu" else 50
+        before = steps if arguments.before is None else arguments.before
+        if min(steps, arguments.repeats) < 1 or min(before, arguments.evaluations) < 0:
+            parser.error("--steps and --repeats must be positive, --before and --evaluations not negative")
+        origin = measure.provenance(setting.device, trainers.repeated("benchmarks.reference", words))
+        origin = {"n": arguments.repeats, "steps_per_window": steps, "steps_before": before, **origin, "clock": CLOCK}
+        write, rows = stack.enter_context(measure.table(arguments.out)), []
 
-    origin = measure.provenance(setting.device, trainers.repeated("benchmarks.reference", words)) | {"clock": CLOCK}
-    numbers = {"repeats": arguments.repeats, "evaluations": arguments.evaluations}
-    rows = [row | origin for row in measure_setting(setting, before=before, steps=steps, **numbers)]
+        def take(row: Mapping[str, Any]) -> None:
+            rows.append({**row, **origin})
+            write(rows[-1])
+            print(f"{row['trainer']}: {row['kind']} {row['wall_seconds']}".strip(), file=sys.stderr, flush=True)
+
+        numbers = {"repeats": arguments.repeats, "evaluations": arguments.evaluations}
+        measure_setting(setting, take, before=before, steps=steps, **numbers)
     print(screen(rows))
     print(f"{origin['hardware']}, {origin['threads']} thread, n={arguments.repeats}; {origin['spread']}")
-    if arguments.out:
-        measure.write_csv(arguments.out, rows)
 
 
 if __name__ == "__main__":

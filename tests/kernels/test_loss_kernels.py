@@ -20,9 +20,15 @@ from tests.offline import compile_offline
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of NaN rows
 
-# A gradient in half precision is rounded to it twice: when it is made, and times the upstream gradient. Triton's
+# Of a loss and of a gradient. In float32 a GPU's is that of exponentials of up to 400 by an approximate instruction. A
+# gradient in half precision is rounded to it twice: when it is made, and times the upstream gradient. Triton's
 # interpreter cuts bfloat16 off instead, which costs twice as much.
-ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 3 * 2**-8, torch.float16: 2 * 2**-11}
+VALUE = 1e-5 if DEVICE.type == "cuda" else 2e-6
+ROUNDING = {
+    torch.float32: 5e-5 if DEVICE.type == "cuda" else 4e-6,
+    torch.bfloat16: 3 * 2**-8,
+    torch.float16: 2 * 2**-11,
+}
 SIZES = [(1, 1, 2), (8, 4, 10), (6, 3, 100), (4, 2, 127), (6, 6, 1000), (4, 2, 4096)]
 
 
@@ -58,7 +64,7 @@ def test_cross_entropy(rows: int, images: int, classes: int, dtype: torch.dtype,
     expected = entropy_reference.masked_cross_entropy(
         exact, wide, coefficient, None if offset is None else offset.double()
     )
-    torch.testing.assert_close(losses.sum().double(), expected, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(losses.sum().double(), expected, rtol=VALUE, atol=1e-7)
     unit = 3 / rows * (classes if soft else 1)
     close(gradients(losses.sum(), ours), gradients(expected, exact), dtype, unit)
     if coefficient is not None and images > 1:
@@ -87,7 +93,7 @@ def test_alignment(rows: int, images: int, width: int, dtype: torch.dtype) -> No
     losses, target, _ = align_kernel.embedding_align(weak, ours, center, coefficient, 0.09, 0.018)
     double = weak.double(), exact, center.double(), coefficient.double()
     expected, expected_target = align_reference.embedding_align(*double, temperature=0.09, teacher_temperature=0.018)
-    torch.testing.assert_close(losses.sum().double(), expected, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(losses.sum().double(), expected, rtol=VALUE, atol=1e-7)
     torch.testing.assert_close(target.double(), expected_target, rtol=5e-5, atol=1e-6)  # exponents up to 400 in float32
     close(gradients(losses.sum(), ours), gradients(expected, exact), dtype, 3 / rows / 0.09)
 

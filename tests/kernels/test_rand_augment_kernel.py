@@ -162,7 +162,8 @@ def test_the_public_function_runs_it_and_can_be_compiled() -> None:
     images, sources, parameters = some_arguments()
     mean, std = MEAN.to(DEVICE), STD.to(DEVICE)
     options = {"pad": 2, "cutout": 3, "mean": mean, "std": std, "dtype": torch.float32, "zero_padded": 1}
-    expected = reference.rand_augment(images, sources, parameters, **options)
+    there = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
+    expected = reference.rand_augment(*some_arguments(torch.device("cpu")), **there).to(DEVICE)
 
     def call(*tensors: Any) -> Tensor:
         return semi_fast.ops.rand_augment.rand_augment(*tensors, **options)

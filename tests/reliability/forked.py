@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.conftest import PATIENCE
+
 HANDLED = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # pytest and earlier tests may hold these
 
 
@@ -28,7 +30,7 @@ class Ended:
 def forked(
     function: Callable[[], int | None],
     *,
-    seconds: float,
+    seconds: float = PATIENCE,
     memory_bytes: int | None = None,
     kill_after: float | None = None,
 ) -> Ended:

@@ -22,6 +22,7 @@ from semi_fast.cli import main
 from semi_fast.manifest import load_manifest
 from semi_fast.sealed_json import read_json
 from semi_fast.train import guarded, run
+from tests.conftest import PATIENCE
 from tests.synthetic_data import write_prepared
 from tests.test_engine import records, state
 from tests.tiny import ARGUMENTS, config
@@ -121,7 +122,7 @@ def test_an_output_on_a_read_only_disk_is_refused_first(digits: Path, tmp_path: 
         words = [*ARGUMENTS, f"--data.path={digits}", f"--run_dir={run_dir}"]
         tmp_path.joinpath("new").mkdir(exist_ok=True)
         command = [sys.executable, "-c", READ_ONLY, str(tmp_path), *words]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         if ended.returncode == 99:
             pytest.skip("namespaces are not allowed here")
         assert ended.returncode == 3, ended.stderr
@@ -200,7 +201,7 @@ def test_a_run_writes_through_no_link(digits: Path, tmp_path: Path, name: str) -
     assert target.read_text() == "mine"
 
 
-@settings(max_examples=30, derandomize=True, deadline=None)
+@settings(max_examples=30, derandomize=True)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=2, max_size=4, unique=True))
 @example(["a\nb", "c,d", '"e"', "‮f"])
 def test_class_names_of_any_kind(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:

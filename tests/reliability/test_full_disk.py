@@ -111,7 +111,7 @@ def test_a_run_whose_disk_fills_up_says_so_and_goes_on_once_there_is_room(
     name: str, nth: int, saved: list[int], whole: Path, digits: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    ended = forked(on_a_disk_full_from(name, nth, digits, run_dir), seconds=120)
+    ended = forked(on_a_disk_full_from(name, nth, digits, run_dir))
     assert ended.code == 3, ended
     lines = ended.output.splitlines()
     assert lines[-1] == f"semi-fast: {run_dir / name} could not be written: File too large; disk full?"
@@ -135,7 +135,7 @@ def test_a_run_whose_disk_fills_up_says_so_and_goes_on_once_there_is_room(
 def test_what_ended_a_run_is_told_when_the_disk_is_full_too(digits: Path, tmp_path: Path) -> None:
     """nonfinite.json and status.json, which would say so, cannot be written."""
     run_dir = tmp_path / "run"
-    ended = forked(on_a_disk_full_from("nonfinite.json", 1, digits, run_dir, "--optim.lr=1e30"), seconds=120)
+    ended = forked(on_a_disk_full_from("nonfinite.json", 1, digits, run_dir, "--optim.lr=1e30"))
     assert ended.code == 4, ended
     assert ended.output.splitlines()[-1].startswith("semi-fast: loss, outputs or gradients are not finite at step ")
     assert not (run_dir / "status.json").exists()
@@ -146,7 +146,7 @@ def test_a_finished_run_that_goes_back_is_not_finished_until_it_is(whole: Path, 
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     back = str(run_dir / "checkpoints" / "step_000000002")
-    ended = forked(on_a_disk_full_from("metrics.jsonl", 2, digits, run_dir, resume=back), seconds=120)
+    ended = forked(on_a_disk_full_from("metrics.jsonl", 2, digits, run_dir, resume=back))
     assert ended.code == 3, ended
     assert not (run_dir / "summary.json").exists()
     assert [path.name for path in published(run_dir / "checkpoints")] == ["step_000000002"]
@@ -159,7 +159,7 @@ def test_the_exit_code_is_told_where_no_line_can_be(digits: Path, tmp_path: Path
         sys.stdout, sys.stderr = (open("/dev/full", "w", buffering=1) for _ in range(2))  # noqa: SIM115
         return guarded(config(digits, tmp_path / "run", *FLAGS))
 
-    assert forked(child, seconds=120).code == 3
+    assert forked(child).code == 3
 
 
 def test_an_error_that_is_no_full_disk_is_not_called_one(tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_the_lock_is_named_too(tmp_path: Path) -> None:
         except RuntimeError as error:
             print(error)
 
-    ended = forked(child, seconds=120)
+    ended = forked(child)
     assert ended.output == f"{tmp_path / 'run' / 'run.lock'} could not be written: File too large; disk full?\n"

@@ -66,7 +66,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def prepared(flags: list[str], out: Path, **limits: float) -> Ended:
-    return forked(lambda: main(["prepare", *flags, "--out", str(out)]), seconds=120, **limits)  # type: ignore[arg-type]
+    return forked(lambda: main(["prepare", *flags, "--out", str(out)]), **limits)  # type: ignore[arg-type]
 
 
 def fault(out: Path) -> str:
@@ -102,7 +102,7 @@ def test_preparations_killed_at_random_leave_nothing_or_all(tmp_path: Path) -> N
         assert tree(tmp_path / name / "again" / "data") == expected[name], "else nothing is shown below"
     met: Counter[str] = Counter()
     failures, seed = [], 0
-    while met.total() < kills:
+    while met.total() < kills or met["in the middle"] < kills // 4:  # where they fall is the machine's matter
         seed += 1
         name, rng = list(PREPARED)[seed % len(PREPARED)], np.random.default_rng(seed)
         out, what = tmp_path / name / f"seed_{seed}" / "data", f"seed {seed}, {name}"
@@ -131,4 +131,3 @@ def test_preparations_killed_at_random_leave_nothing_or_all(tmp_path: Path) -> N
         goal="100 kills, no partial data set accepted", seconds=time.monotonic() - began, note=note,
     )  # fmt: skip
     assert failures == []
-    assert met["in the middle"] >= kills // 4, note

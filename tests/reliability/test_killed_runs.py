@@ -115,7 +115,7 @@ def lived(function: Callable[[], object], **limits: float) -> Ended:
     def child() -> None:
         function()
 
-    return forked(child, seconds=120, **limits)  # type: ignore[arg-type]
+    return forked(child, **limits)  # type: ignore[arg-type]
 
 
 def newest_step(run_dir: Path) -> int:

@@ -21,6 +21,7 @@ from semi_fast.manifest import Manifest
 from semi_fast.pipelines import source
 from semi_fast.pipelines.source import open_source
 from semi_fast.sampling import Batches
+from tests.conftest import PATIENCE
 from tests.libraries import needs
 from tests.reliability.figures import amount, record
 from tests.reliability.forked import forked
@@ -57,7 +58,7 @@ def held() -> tuple[int, int, int]:
 def settled() -> tuple[int, int, int]:
     """`held`, once threads that were told to end have done so."""
     gc.collect()
-    patience, counts = time.monotonic() + 10, [held()]
+    patience, counts = time.monotonic() + PATIENCE, [held()]
     while len(counts) < 10 or (len({count[0] for count in counts[-10:]}) > 1 and time.monotonic() < patience):
         time.sleep(0.03)
         counts.append(held())
@@ -107,7 +108,7 @@ def test_abandoned_sources_leave_nothing(
         after = settled()
         print("held", *before, *after)
 
-    end = forked(child, seconds=60 + epochs)
+    end = forked(child, seconds=PATIENCE + epochs)
     assert end.code == 0, end.output
     numbers = [int(number) for number in end.output.split("held ")[1].split()]
     threads, descriptors, size = (numbers[3 + i] - numbers[i] for i in range(3))

@@ -96,7 +96,7 @@ def test_every_single_saved_tensor_is_needed(
         run_dir = tmp_path / "run"
         shutil.copytree(whole, run_dir)
         shutil.rmtree(run_dir / "checkpoints" / LAST)
-        ended = forked(resumed_without(entry, digits, run_dir, *flags), seconds=120)
+        ended = forked(resumed_without(entry, digits, run_dir, *flags))
         assert ended.code == 0, f"{entry}: {ended}"
         found = checkpoint.load(run_dir / "checkpoints" / LAST).tensors
         same = all(torch.equal(found[name], expected[name]) for name in expected) and records(run_dir) == records(whole)
@@ -209,7 +209,7 @@ def resumed_with(meta: dict[str, Any], before: Path, digits: Path, run_dir: Path
     """How a copy of the run goes on with another meta: exit code and output."""
     shutil.copytree(before, run_dir)
     write_meta(run_dir / "checkpoints" / FIRST, meta)
-    ended = forked(lambda: guarded(config(digits, run_dir, *EVERY, resume="auto")), seconds=120)
+    ended = forked(lambda: guarded(config(digits, run_dir, *EVERY, resume="auto")))
     return ended.code, ended.output
 
 

@@ -54,7 +54,7 @@ def traced(function: Callable[[], int], root: Path, log: Path) -> list[Change]:
         tracer.wait()
         return code
 
-    end = forked(child, seconds=120) if shutil.which("strace") else None
+    end = forked(child) if shutil.which("strace") else None
     if end is None or end.code == NOT_TRACED:
         pytest.skip("strace is missing, or may not trace here: the order of syncs was not seen")
     assert end.code == 0, end
