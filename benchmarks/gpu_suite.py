@@ -27,7 +27,7 @@ from benchmarks import gpu_cells, gpu_checks, gpu_kernels, gpu_machine, gpu_part
 from benchmarks.gpu_rows import FAILED, NO_TIME, NOT_RUN, OK, Row, Setting, failed, not_run
 from benchmarks.gpu_worker import Worker
 from benchmarks.step_cases import PARTS
-from semi_fast import runlog
+from semi_fast.disk import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,7 +125,7 @@ def write(path: Path, rows: Rows) -> None:
     writer.writeheader()
     writer.writerows(sorted(known, key=lambda row: order.index(row["section"])))
     path.parent.mkdir(parents=True, exist_ok=True)
-    runlog.write_text(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def finished(rows: Rows, origin: Mapping[str, Any]) -> set[str]:

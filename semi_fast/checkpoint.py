@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from semi_fast.disk import fsync_directory, make_directory
 from semi_fast.manifest import file_sha256
-from semi_fast.sealed_json import fsync_directory, make_directory, read_json
+from semi_fast.sealed_json import read_json
 
 TENSORS, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
 

@@ -13,12 +13,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-from semi_fast import runlog
+from semi_fast import disk, rundir, runlog
 from semi_fast.batch import RowLayout
 from semi_fast.checkpoint import Checkpoint
 from semi_fast.data_prep.long_tail import split_for
@@ -32,15 +31,13 @@ from semi_fast.methods import Environment, Method, make_method
 from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.models.sync_batch_norm import synchronise_batch_norm
-from semi_fast.philox import ORDER_LABELED
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
 from semi_fast.preemption import Preemption, end_with_launcher
 from semi_fast.processes import lost_ones_named
 from semi_fast.report import write_report
-from semi_fast.rundir import checkpoint_to_resume, claimed, provenance, run_dir_of
-from semi_fast.sampling import Batches, Stream, label_tables
-from semi_fast.schema.config import Config, check, identity, leaves
+from semi_fast.sampling import Batches, first_visit_counts, label_tables
+from semi_fast.schema.config import Config, identity, leaves
 from semi_fast.schema.yaml_file import dump
 from semi_fast.sealed_json import read_json
 from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
@@ -55,7 +52,8 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises ValueError for what the user must change, RuntimeError for the machine, NonFiniteError for numerics.
     """
-    check(config)
+    rundir.check_usable(config)
+    fresh = rundir.run_dir_of(config) is None
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
     manifest = load_manifest(config.data.path)
@@ -69,16 +67,18 @@ def run(config: Config) -> dict[str, Any]:
     try:
         config, run_dir = settled(config, manifest, accelerator)
         environment = runlog.environment(accelerator.device, config.precision, accelerator.num_processes)
-        meta = provenance(config, manifest, split, environment)
-        saved = checkpoint_to_resume(
+        meta = rundir.provenance(config, manifest, split, environment)
+        saved = rundir.checkpoint_to_resume(
             run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")
         )
         with ExitStack() as stack:
+            if fresh and accelerator.is_main_process:
+                stack.callback(rundir.unmake, run_dir)
             engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
             accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
             preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
             if accelerator.is_main_process:
-                stack.enter_context(claimed(run_dir))
+                stack.enter_context(rundir.claimed(run_dir, config.resume))
             stack.enter_context(lost_ones_named())
             parts = engine, config, manifest, split, accelerator, environment
             return conduct(*parts, preemption, run_dir=run_dir, saved=saved)
@@ -97,7 +97,10 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> tup
                 f"precision must be fp32, bf16, fp16 or fp64; accelerate says {accelerator.mixed_precision}"
             )
         precision = PRECISION[accelerator.mixed_precision]
-    run_dir = broadcast_object_list([str(run_dir_of(config, manifest.dataset))])[0]
+    run_dir = rundir.run_dir_of(config)
+    if run_dir is None and accelerator.is_main_process:
+        run_dir = rundir.fresh_run_dir(config, manifest.dataset)  # which the others are told
+    run_dir = broadcast_object_list([str(run_dir)])[0]
     return replace(config, precision=precision, run_dir=run_dir), Path(run_dir)
 
 
@@ -189,7 +192,11 @@ def make_state(
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         method=method.init(
             Environment(
-                split.labeled_counts, model.features, device, dtype, first_visit_counts(config, manifest, split)
+                split.labeled_counts,
+                model.features,
+                device,
+                dtype,
+                first_visit_counts(manifest, split, seed=config.seed, rows=config.batch.labeled),
             )
         ),
         step=torch.zeros((), dtype=torch.int64, device=device),
@@ -199,13 +206,6 @@ def make_state(
 
 def memory_format(config: Config) -> torch.memory_format:
     return torch.channels_last if config.engine.channels_last else torch.contiguous_format
-
-
-def first_visit_counts(config: Config, manifest: Manifest, split: Split) -> tuple[int, ...]:
-    """Labeled images per class in the full batches of the first visit: what a loader that drops the last would show."""
-    order = Stream(split.labeled, seed=config.seed, stream=ORDER_LABELED).order(0)
-    seen = order[: len(order) // config.batch.labeled * config.batch.labeled]
-    return tuple(np.bincount(manifest.labels("train")[seen], minlength=manifest.num_classes).tolist())
 
 
 def conduct(
@@ -227,11 +227,11 @@ def conduct(
         if saved is not None and (run_dir / "env.json").exists():
             before = read_json(run_dir / "env.json")
             environment["before_resume"] = [*before.pop("before_resume", []), before]  # the newest last
-        runlog.write_text(run_dir / "config.yaml", dump(config))
-        runlog.write_json(run_dir / "env.json", environment)
+        disk.write_text(run_dir / "config.yaml", dump(config))
+        disk.write_json(run_dir / "env.json", environment)
         for name in ("summary.json", "split.json"):
             (run_dir / name).unlink(missing_ok=True)
-        with runlog.writing(run_dir / "split.json"):
+        with disk.writing(run_dir / "split.json"):
             save_split(split, run_dir / "split.json")
         engine.screen.line(opening(config, manifest, split, environment, engine))
         if saved is not None:
@@ -243,7 +243,7 @@ def conduct(
     except NonFiniteError as error:
         if engine.metrics is not None:
             with suppress(RuntimeError):  # of a disk that is full: the error says the same
-                runlog.write_json(run_dir / "nonfinite.json", {"step": error.step, "sample_ids": error.ids})
+                disk.write_json(run_dir / "nonfinite.json", {"step": error.step, "sample_ids": error.ids})
         raise
     finally:
         engine.screen.close()
@@ -254,11 +254,10 @@ def conduct(
     if engine.metrics is not None:
         parts = engine.metrics, engine.clock, engine.layout
         summary = summarise(config, manifest, split, environment, *parts)
-        runlog.write_json(run_dir / "env.json", environment)
-        runlog.write_json(run_dir / "summary.json", summary)
+        disk.write_json(run_dir / "env.json", environment)
+        disk.write_json(run_dir / "summary.json", summary)
         try:
-            with runlog.writing(run_dir / "report.html"):
-                page = write_report([run_dir], run_dir / "report.html")
+            page = write_report([run_dir], run_dir / "report.html")
         except BaseException:
             (run_dir / "summary.json").unlink()  # which says that the run is finished
             raise

@@ -42,7 +42,7 @@ def reproduce(
     keys, `--key=value`; whatever they change is said beside the result.
     Raises ValueError for a cell, a flag or data that do not fit, and for a run in OUT that is another one.
     """
-    from semi_fast.runlog import write_json
+    from semi_fast.disk import write_json
     from semi_fast.train import run
 
     cell = find(name)
