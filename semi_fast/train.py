@@ -35,7 +35,7 @@ from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
 from semi_fast.preemption import Preemption, end_with_launcher
 from semi_fast.processes import lost_ones_named
-from semi_fast.report import write_report
+from semi_fast.report import check_page, write_report
 from semi_fast.sampling import Batches, first_visit_counts, label_tables
 from semi_fast.schema.config import Config, identity, leaves
 from semi_fast.schema.yaml_file import dump
@@ -66,6 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     accelerator = Accelerator(cpu=on_cpu, log_with=list(config.log.track) or None, kwargs_handlers=[timeout])
     try:
         config, run_dir = settled(config, manifest, accelerator)
+        check_page(run_dir / "report.html")
         environment = runlog.environment(accelerator.device, config.precision, accelerator.num_processes)
         meta = rundir.provenance(config, manifest, split, environment)
         saved = rundir.checkpoint_to_resume(
