@@ -277,11 +277,10 @@ def check_absent(out: Path) -> None:
     """ValueError unless `out` is new or an empty directory, which nothing but its name would miss: it is replaced."""
     if out.is_symlink():
         raise ValueError(f"--out must not be a symbolic link; {out} is one, name the directory itself")
-    here = Path.cwd()
-    if out.is_dir() and (os.path.ismount(out) or any(out.samefile(above) for above in (here, *here.parents))):
+    if out.is_dir() and (os.path.ismount(out) or any(map(out.samefile, (Path.cwd(), *Path.cwd().parents)))):
         raise ValueError(
-            f"--out is made whole and then gets its name, which neither a mount point nor the directory one stands in "
-            f"can be given; got {out}: name a new directory in it"
+            f"--out must be neither a mount point nor the directory one stands in, whose place no other can take; got "
+            f"{out}: name a new directory in it"
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"--out must be new or an empty directory; {out} is not, choose another or delete it")

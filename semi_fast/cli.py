@@ -208,7 +208,7 @@ def run_command(argv: list[str]) -> int:
     arguments = vars(known)
     name = arguments.pop("command")
     if arguments.get("out") == "":
-        raise ValueError("--out must name where the output goes; it is empty: name it, or . for the one you stand in")
+        raise ValueError("--out must name where the output goes; it is empty: give it a name")
     if name == "reproduce":
         return run_reproduce(others, **arguments)
     if name == "sweep":

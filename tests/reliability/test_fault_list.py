@@ -31,7 +31,7 @@ LIST = TESTS.parent / "docs" / "faults.md"
 NUMBERS = {
     "K": 6,
     "T": 3,
-    "D": 3,
+    "D": 5,
     "I": 7,
     "L": 5,
     "N": 4,
