@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import io
 import os
 import platform
@@ -33,10 +32,10 @@ from semi_fast.data_prep.readers.stl10 import SIDE as STL10_RESOLUTION
 from semi_fast.data_prep.readers.stl10 import read_stl10
 from semi_fast.data_prep.taken_up import with_written
 from semi_fast.data_prep.writers.resident import write_resident
+from semi_fast.disk import fsync_directory, held, make_directory
 from semi_fast.errors import NO_SPACE
 from semi_fast.hashed_file import HashedFile
 from semi_fast.manifest import Manifest, kept_arrays, load_manifest, write_manifest
-from semi_fast.sealed_json import fsync_directory, make_directory
 
 DIGITS_RESOLUTION = 16
 FOLDER_RESOLUTION = 32
@@ -239,23 +238,16 @@ def hidden_directory(path: Path) -> Iterator[Path]:
     path.mkdir(exist_ok=True)
     lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if not (_locked(lock) and _stands_at(lock, path)):
-            raise ValueError(f"{path}: held by another process that prepares the same --out; choose another")
-        try:
-            yield path
-        finally:
-            if _stands_at(lock, path):
-                shutil.rmtree(path, ignore_errors=True)
+        with held(lock, path, f"--out, whose work stands in {path},"):
+            if not _stands_at(lock, path):
+                raise ValueError(f"{path} was published by another process meanwhile; choose another --out")
+            try:
+                yield path
+            finally:
+                if _stands_at(lock, path):
+                    shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(lock)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _stands_at(descriptor: int, path: Path) -> bool:
@@ -282,9 +274,14 @@ def _remove_others(manifest: Manifest) -> None:
 
 
 def check_absent(out: Path) -> None:
-    """ValueError unless `out` is new or an empty directory."""
+    """ValueError unless `out` is new or an empty directory, which nothing but its name would miss: it is replaced."""
     if out.is_symlink():
         raise ValueError(f"--out must not be a symbolic link; {out} is one, name the directory itself")
+    if out.is_dir() and (os.path.ismount(out) or any(map(out.samefile, (Path.cwd(), *Path.cwd().parents)))):
+        raise ValueError(
+            f"--out must be neither a mount point nor the directory one stands in, whose place no other can take; got "
+            f"{out}: name a new directory in it"
+        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"--out must be new or an empty directory; {out} is not, choose another or delete it")
 

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from semi_fast.disk import named
+
 # What a dict of bytes, text, integers, lists and uint8 arrays needs, in every protocol; a pickle can do far more.
 # fmt: off
 OPCODES = frozenset({
@@ -137,7 +139,11 @@ def load_dict(path: Path, content: bytes) -> dict[str, Any]:
 def load_stored_dict(path: Path) -> dict[str, Any]:
     """As `load_dict` of a file larger than memory may be: uint8 arrays of 256 bytes or more are `StoredArray`."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            named(path, "mmap"),
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             return _load(content, len(content), CUT_BYTES)  # type: ignore[arg-type]
     except FAILURES as error:
         raise _refusal(path, error) from error

@@ -15,9 +15,9 @@ from semi_fast.data_prep.long_tail import make_split
 from semi_fast.data_prep.prepare import BAD_FILE, check_absent, hidden_directory, publish, versions, write_bad
 from semi_fast.data_prep.readers.image_folder import is_ignored
 from semi_fast.data_prep.readers.prepared import read_prepared, renumbered
+from semi_fast.disk import make_directory
 from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, save_split, seal_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
-from semi_fast.sealed_json import make_directory
 
 SPLIT_NAME = "prepared"
 NAME_DIGITS = 32

@@ -13,6 +13,7 @@ import numpy as np
 
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.writers.resident import npy_header, part_lengths
+from semi_fast.disk import named
 from semi_fast.manifest import images_file
 
 LOG_FILE = "blocks.log"
@@ -41,7 +42,8 @@ def with_written(raw: Raw, root: Path) -> Iterator[tuple[str, np.ndarray]]:
         log.seek(at)
         for part, block in raw.blocks_after(done):
             yield part, block
-            log.write(ENTRY.pack(len(block), _digest(raw, block)))  # its reader has written it by now
+            with named(root / LOG_FILE, "write"):
+                log.write(ENTRY.pack(len(block), _digest(raw, block)))  # its reader has written it by now
 
 
 def _written(raw: Raw, root: Path, first: int, rows: int) -> tuple[str, np.ndarray] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,10 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from semi_fast import disk
+from semi_fast.disk import fsync_directory, make_directory
+from semi_fast.errors import described
 from semi_fast.manifest import file_sha256
-from semi_fast.sealed_json import fsync_directory, make_directory, read_json
+from semi_fast.sealed_json import read_json
 
 TENSORS, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"
+OURS = re.compile("step_[0-9]{9}")
+LEFT = re.compile(r"\.tmp-[0-9]+-[0-9]+|\.del-step_[0-9]{9}")
+"""What a checkpoint is called, and what a kill may leave; anything else beside them, a copy too, is the user's."""
 
 
 class NotSavedError(RuntimeError):
@@ -37,7 +44,7 @@ class Checkpoint:
 def sync(path: Path) -> None:
     """Force a file to the disk."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        disk.sync(file.fileno(), path)
 
 
 def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dict[str, Any], *, keep: int) -> Path:
@@ -53,11 +60,13 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
     final, hidden = root / f"step_{step:09d}", root / f".tmp-{os.getpid()}-{step}"
     try:
         make_directory(root)
-        for left in (*root.glob(".tmp-*"), *root.glob(".del-*")):
-            shutil.rmtree(left)
+        for left in _directories(root, LEFT):
+            _delete(left)
         hidden.mkdir()
         save_file({name: tensor.clone() for name, tensor in held.items()}, hidden / TENSORS)
         (hidden / META).write_text(json.dumps(meta, sort_keys=True))
+        if (hidden / TENSORS).stat().st_mode != (hidden / META).stat().st_mode:  # safetensors lets its owner alone read
+            shutil.copymode(hidden / META, hidden / TENSORS)
         files = {}
         for name in (TENSORS, META):
             sync(hidden / name)
@@ -71,7 +80,8 @@ def save(root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: dic
         fsync_directory(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(hidden, ignore_errors=True)
-        raise NotSavedError(f"checkpoint of step {step} could not be written to {root}: {error}; disk full?") from error
+        why = described(error) if isinstance(error, OSError) else f"{error}; disk full?"
+        raise NotSavedError(f"checkpoint of step {step} could not be written to {root}: {why}") from error
     retire(published(root)[keep:])
     return final
 
@@ -81,7 +91,16 @@ def retire(paths: list[Path]) -> None:
     for path in paths:
         hidden = path.with_name(f".del-{path.name}")
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    """A directory with all in it; of a link to one, the link."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def _directories(root: Path, name: re.Pattern[str]) -> list[Path]:
+    return [path for path in root.glob("*") if name.fullmatch(path.name) and path.is_dir()]
 
 
 def retire_after(root: Path, step: int) -> None:
@@ -91,7 +110,7 @@ def retire_after(root: Path, step: int) -> None:
 
 def published(root: Path) -> list[Path]:
     """The checkpoint directories under `root`, newest first."""
-    return sorted((p for p in root.glob("step_*") if p.is_dir()), reverse=True)
+    return sorted(_directories(root, OURS), reverse=True)
 
 
 def load(path: Path) -> Checkpoint:

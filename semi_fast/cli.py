@@ -123,7 +123,10 @@ def run_command(argv: list[str]) -> int:
     """Carry out one command; returns the exit code."""
     if argv[:1] == ["train"]:
         config = parse_config(argv[1:])
-        from semi_fast.train import guarded
+        from semi_fast.rundir import check_usable
+
+        check_usable(config)
+        from semi_fast.train import guarded  # which takes seconds to load
 
         return guarded(config)
     words = [normal(word) for word in argv]
@@ -131,6 +134,8 @@ def run_command(argv: list[str]) -> int:
     known, others = make_parser().parse_known_args(words)
     arguments = vars(known)
     name = arguments.pop("command")
+    if arguments.get("out") == "":
+        raise ValueError("--out must name where the output goes; it is empty: give it a name")
     if name == "reproduce":
         return run_reproduce(others, **arguments)
     if name == "sweep":

@@ -16,13 +16,14 @@ def demo(out: Path | None = None) -> Path:
     Raises ValueError if `out` exists and is not empty; by default it is a fresh directory under runs/.
     """
     from semi_fast.data_prep.prepare import prepare_digits
+    from semi_fast.disk import fresh_directory
     from semi_fast.report import write_report
     from semi_fast.report.compare import comparison
     from semi_fast.report.run import read_run
     from semi_fast.schema.arguments import parse_config
     from semi_fast.train import run
 
-    out = Path("runs") / f"demo_{time.strftime('%Y%m%d-%H%M%S')}" if out is None else out
+    out = fresh_directory(Path("runs") / f"demo_{time.strftime('%Y%m%d-%H%M%S')}") if out is None else out
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out must be new or empty; {out} is not: choose another directory")
     prepare_digits(out / "data")

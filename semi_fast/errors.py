@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import linecache
+import re
+import traceback
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Of an OSError: the disk is full, or may not take more."""
@@ -45,5 +48,38 @@ def exit_code(error: BaseException) -> int:
 
 def one_line(error: BaseException) -> str:
     """The message as one line of the program."""
-    text = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
-    return f"semi-fast: {text}"
+    return f"semi-fast: {described(error)}"
+
+
+def described(error: BaseException) -> str:
+    """What has happened, in one line: of an OSError the file, the call and the way out."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None:
+        files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        text = ": ".join([*([" -> ".join(files)] if files else []), reason(error)])
+    return " ".join(text.split())
+
+
+def reason(error: OSError) -> str:
+    """`fsync: Invalid argument (EINVAL)` and the way out; a full disk speaks for itself."""
+    if error.errno is None:
+        return str(error)
+    if error.errno in NO_SPACE:
+        return f"{error.strerror}; disk full?"
+    name = errno.errorcode.get(error.errno, str(error.errno))
+    return f"{failed_call(error)}: {error.strerror} ({name}); check that place, or choose another"
+
+
+def failed_call(error: OSError) -> str:
+    """The call that failed, as a note of the error says, or the line of source that it stands in: `os.mkdir`."""
+    if notes := getattr(error, "__notes__", ()):
+        return notes[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return type(error).__name__
+    at = frames[-1]
+    line = linecache.getline(at.filename, at.lineno or 0)[at.colno or 0 :]
+    call = re.match(r"[\w.]+(?=\()", line)
+    return call[0] if call else at.name

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from semi_fast.disk import named, sync
+
 
 class HashedFile:
     """A file that in the end holds what was written and nothing else.
@@ -21,24 +23,27 @@ class HashedFile:
         """Written so far, and how many of them stood there."""
         self.hash = hashlib.sha256()
         self.there = bytearray()
+        self.path = path
         self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b")
 
     def write(self, data: bytes | memoryview) -> None:
         """`data` in bytes."""
-        if self.kept_bytes == self.bytes and self._stands(data):
-            self.kept_bytes += len(data)
-        else:
-            if self.kept_bytes == self.bytes:
-                self.file.seek(self.bytes)
-            self.file.write(data)
+        with named(self.path, "write"):
+            if self.kept_bytes == self.bytes and self._stands(data):
+                self.kept_bytes += len(data)
+            else:
+                if self.kept_bytes == self.bytes:
+                    self.file.seek(self.bytes)
+                self.file.write(data)
         self.hash.update(data)
         self.bytes += len(data)
 
     def finish(self) -> dict[str, Any]:
         """Force it to the disk; its `bytes` and `sha256`."""
-        self.file.truncate(self.bytes)
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with named(self.path, "write"):
+            self.file.truncate(self.bytes)
+            self.file.flush()
+        sync(self.file.fileno(), self.path)
         return {"bytes": self.bytes, "sha256": self.hash.hexdigest()}
 
     def close(self) -> None:

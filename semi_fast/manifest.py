@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from semi_fast.sealed_json import digest, fsync_directory, make_directory, read_sealed, write_sealed
+from semi_fast.disk import make_directory, named, publish_new
+from semi_fast.sealed_json import digest, read_sealed, write_sealed
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -110,7 +110,7 @@ def labels_file(part: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with named(path, "read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -172,8 +172,7 @@ def save_split(split: Split, path: str | Path) -> Split:
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         write_sealed(temporary, document)
-        os.link(temporary, path)  # unlike a rename, never replaces
-        fsync_directory(path.parent)
+        publish_new(temporary, path)
     except FileExistsError:
         if path.is_symlink() or read_sealed(path, SCHEMA_VERSION)["sha256"] != digest(document):
             raise ValueError(f"{path} exists and is another split; choose another name or delete it") from None
@@ -337,7 +336,8 @@ def _open_array(manifest: Manifest, name: str) -> np.ndarray:
     if path.stat().st_size != entry.get("bytes"):
         raise ValueError(f"{path}: must have {entry.get('bytes')} bytes, has {path.stat().st_size}; prepare again")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with named(path, "mmap"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, TypeError, OverflowError, EOFError, SyntaxError, TokenError) as error:
         raise ValueError(f"{path}: damaged array header ({error}); prepare again") from error
     if array.shape != tuple(entry["shape"]) or array.dtype.name != entry["dtype"] or not array.flags.c_contiguous:

@@ -2,45 +2,76 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from semi_fast import checkpoint
-from semi_fast.errors import exit_code
+from semi_fast import disk
+from semi_fast.disk import fresh_directory, write_json
+from semi_fast.errors import described, exit_code
 from semi_fast.manifest import Manifest, Split, formats
-from semi_fast.runlog import DECISIVE, write_json, writing
-from semi_fast.schema.config import Config, identity, leaves
-from semi_fast.sealed_json import digest, make_directory
-from semi_fast.trackers import FOLDER
+from semi_fast.schema.config import Config, check, identity, leaves
+from semi_fast.sealed_json import digest
+
+if TYPE_CHECKING:  # with torch, which takes seconds; whether a directory may be used is asked before
+    from semi_fast import checkpoint
+
+LOCK, STATUS, TRACKERS = "run.lock", "status.json", "trackers"
+"""Of a run directory: what there is before a run begins, so that one with nothing else is as good as empty."""
 
 OF_THE_ENGINE = {
     "step", "level", "seconds", "cpu_seconds", "training_seconds", "interval_seconds", "interval_steps",
     "interval_names", "metrics_bytes", "scaler",
 }  # fmt: skip
 """What a checkpoint says of the state, beside `provenance`."""
-BEFORE_A_RUN = ("run.lock", "status.json", FOLDER)
-"""What one that ended before it began leaves: its directory is as good as empty."""
-HOLDER_BYTES = 500
-"""Of a lock, for whose it is."""
 
 
-def run_dir_of(config: Config, dataset: str) -> Path:
-    """`run_dir`, or that of the checkpoint to resume, or a fresh one under runs/; nothing is made yet."""
+def run_dir_of(config: Config) -> Path | None:
+    """`run_dir`, or that of the checkpoint to resume; None for a fresh one."""
     if config.run_dir is not None:
         return Path(config.run_dir)
     if config.resume not in ("none", "auto"):
         return Path(config.resume).resolve().parent.parent
-    return Path("runs") / f"{dataset}_{config.method.name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    return None
+
+
+def fresh_run_dir(config: Config, dataset: str) -> Path:
+    """A directory under runs/ that no other run has, made."""
+    return fresh_directory(Path("runs") / f"{dataset}_{config.method.name}_{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def check_usable(config: Config) -> None:
+    """Raise ValueError for a configuration that cannot be, and if the run directory is in use, or none to begin or to
+    go on in; RuntimeError if nothing can be written there. Reads only, and loads nothing that takes time."""
+    check(config)
+    run_dir = run_dir_of(config) or Path("runs")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir must be a directory; {run_dir} is a file: choose another")
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RuntimeError(f"run_dir {run_dir} cannot be written: {there} is read-only here; choose another")
+    if run_dir_of(config) is not None:
+        disk.check_free(run_dir / LOCK, f"run_dir {run_dir}")
+        _check_content(run_dir, config.resume)
+
+
+def _check_content(run_dir: Path, resume: str) -> None:
+    """Raise ValueError if what is in the directory is not ours to add to."""
+    names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    used = any(not name.startswith(LOCK) and name not in (STATUS, TRACKERS) for name in names)
+    if used and resume == "none":
+        raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")
+    if used and resume == "auto" and not any((run_dir / name).exists() for name in ("config.yaml", LOCK)):
+        raise ValueError(f"run_dir must be new, empty or a run; {run_dir} has no config.yaml: choose another")
 
 
 def provenance(config: Config, manifest: Manifest, split: Split, environment: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of the run it belongs to."""
+    from semi_fast.runlog import DECISIVE
+
     source = formats(manifest)[0] if config.data.source == "auto" else config.data.source
     lossy = {
         name: entry["sha256"]
@@ -62,23 +93,14 @@ def checkpoint_to_resume(
 ) -> checkpoint.Checkpoint | None:
     """What to go on from, None for a start; reads only.
 
-    Raises ValueError if the directory is in use by another run, holds nothing whole to resume, or is not of the run
-    that `meta` describes, RuntimeError if nothing can be written there.
+    Raises ValueError if the directory holds nothing whole to resume, or is not of the run that `meta` describes.
     """
+    from semi_fast import checkpoint
+
     root = run_dir / "checkpoints"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir must be a directory; {run_dir} is a file: choose another")
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RuntimeError(f"run_dir {run_dir} cannot be written: {there} is read-only here; choose another")
-    used = run_dir.exists() and any(path.name not in BEFORE_A_RUN for path in run_dir.iterdir())
     if resume == "none":
-        if used:
-            raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")
         return None
     if resume == "auto":
-        if used and not any((run_dir / name).exists() for name in ("config.yaml", "run.lock")):  # the lock comes first
-            raise ValueError(f"run_dir must be new, empty or a run; {run_dir} has no config.yaml: choose another")
         saved = checkpoint.newest(root, warn)
         if saved is None:
             if checkpoint.published(root):
@@ -127,32 +149,26 @@ def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
+def claimed(run_dir: Path, resume: str) -> Iterator[None]:
     """Make the directory ours while the run lasts, and say in its `status.json` how it ended.
 
-    While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory.
+    While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory, or
+    if one has had it since it was looked at.
     """
-    make_directory(run_dir)
-    path = run_dir / "run.lock"
-    with writing(path):
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, HOLDER_BYTES, 0).decode(errors="replace").strip() or "another process"
-            raise ValueError(f"run_dir {run_dir} is in use by {holder}; wait for it, or choose another") from None
-        with writing(path):
-            os.ftruncate(lock, 0)
-            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        status = run_dir / "status.json"
+    with disk.claimed(run_dir / LOCK, f"run_dir {run_dir}"):
+        _check_content(run_dir, resume)
+        status = run_dir / STATUS
         status.unlink(missing_ok=True)
         try:
             yield
         except BaseException as error:
             with suppress(RuntimeError):  # of a disk that is full: what ended the run is what must be told
-                write_json(status, {"exit_code": exit_code(error), "message": str(error) or type(error).__name__})
+                write_json(status, {"exit_code": exit_code(error), "message": described(error)})
             raise
         write_json(status, {"exit_code": 0, "message": "finished"})
-    finally:
-        os.close(lock)
+
+
+def unmake(run_dir: Path) -> None:
+    """Remove a fresh directory whose run never began."""
+    with suppress(OSError):  # it is not empty
+        run_dir.rmdir()

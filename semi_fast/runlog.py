@@ -9,8 +9,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from semi_fast.errors import NO_SPACE
+from semi_fast.disk import no_link, sync, writing
+from semi_fast.manifest import Manifest, Split
 from semi_fast.ops.door import backend
-from semi_fast.schema.config import leaves
-from semi_fast.sealed_json import fsync_directory
+from semi_fast.schema.config import Config, leaves
 
 PACKAGES = (
     "semi-fast", "torch", "torchvision", "timm", "numpy", "accelerate", "safetensors", "pillow", "triton", "numba",
@@ -33,41 +31,6 @@ PACKAGES = (
 DRIVER = Path("/proc/driver/nvidia/version")
 DECISIVE = ("commit", "device", "processor", "operations", "processes", "threads", "versions")
 """Of an environment: what a run must keep to go on bit for bit."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """RuntimeError in one line that names the file, if the disk does not take what is written meanwhile."""
-    try:
-        yield
-    except OSError as error:
-        full = "; disk full?" if error.errno in NO_SPACE else ""
-        raise RuntimeError(f"{path} could not be written: {error.strerror or error}{full}") from error
-
-
-def no_link(path: str, flags: int) -> int:
-    """Opens a file of ours for `open`, never through a symbolic link."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: a reader sees the old or the new content, and the new one is on the disk afterwards."""
-    hidden = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            with open(hidden, "w", encoding="utf-8", opener=no_link) as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            hidden.replace(path)
-        finally:
-            hidden.unlink(missing_ok=True)
-        fsync_directory(path.parent)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file whole; a number that is not finite is an error."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def processor(device: torch.device) -> str:
@@ -197,7 +160,7 @@ class MetricsFile:
     def flush(self) -> int:
         """Force the file to the disk; returns its length in bytes."""
         with writing(self.path), self.path.open("rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno(), self.path)
             return file.seek(0, os.SEEK_END)
 
 
@@ -240,3 +203,20 @@ class Screen:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def opening(
+    config: Config, manifest: Manifest, split: Split, env: dict[str, Any], *, parameters: int, rows: int
+) -> str:
+    """What a run says first; `rows` of one forward of a process."""
+    truth = "unknown classes" if split.unlabeled_counts is None else f"{sum(split.unlabeled_counts)} not labeled too"
+    return "\n".join(
+        [
+            f"{config.method.name} on {manifest.dataset}: {len(split.labeled)} labeled, {len(split.unlabeled)} "
+            f"unlabeled ({truth}), {manifest.length('test')} test images, {manifest.num_classes} classes",
+            f"{config.model.name}, {parameters:,} parameters; {env['precision']} on {env['hardware']}; "
+            f"{env['processes']} process(es), {rows} rows each; {config.optim.steps} steps",
+            env["operations"],
+            f"run: {config.run_dir}",
+        ]
+    )

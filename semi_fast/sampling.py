@@ -146,3 +146,10 @@ def label_tables(manifest: Manifest, split: Split) -> tuple[Tensor, Tensor]:
     labels[split.labeled] = known[split.labeled]
     truth[split.labeled] = -1
     return labels, truth
+
+
+def first_visit_counts(manifest: Manifest, split: Split, *, seed: int, rows: int) -> tuple[int, ...]:
+    """Labeled images per class in the full batches of the first visit: what a loader that drops the last would show."""
+    order = Stream(split.labeled, seed=seed, stream=ORDER_LABELED).order(0)
+    seen = order[: len(order) // rows * rows]
+    return tuple(np.bincount(manifest.labels("train")[seen], minlength=manifest.num_classes).tolist())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from semi_fast.disk import named, sync
 
 JSON_LIMIT_BYTES = 64 * 2**20
 
@@ -23,11 +24,11 @@ def digest(document: dict[str, Any]) -> str:
 def write_sealed(path: Path, document: dict[str, Any], *, indent: int | None = None) -> str:
     """Write `document` and its digest as a new file, fsynced; returns the digest. FileExistsError if there is one."""
     sha256 = digest(document)
-    with path.open("x", encoding="ascii") as file:
+    with named(path, "write"), path.open("x", encoding="ascii") as file:
         json.dump(document | {"sha256": sha256}, file, indent=indent, ensure_ascii=True, allow_nan=False)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno(), path)
     return sha256
 
 
@@ -46,32 +47,15 @@ def read_json(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > JSON_LIMIT_BYTES:
         raise ValueError(f"{path}: a JSON file must be at most {JSON_LIMIT_BYTES} bytes; it has {size}")
+    with named(path, "read"):
+        content = path.read_bytes()
     try:
-        document = json.loads(
-            path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
-        )
+        document = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or no JSON ({error}); make it again") from error
     if not isinstance(document, dict):
         raise ValueError(f"{path}: must hold a JSON object; got {type(document).__name__}; make it again")
     return document
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable, after a file was created in it or renamed into it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory, and those above it, each with a name that is on the disk; one that is there is left."""
-    if not path.is_dir():
-        make_directory(path.parent)
-        path.mkdir(exist_ok=True)
-        fsync_directory(path.parent)
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

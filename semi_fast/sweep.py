@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from semi_fast.disk import claimed
 from semi_fast.launch import check_environment
 from semi_fast.preemption import LAUNCHED
+from semi_fast.report import check_page, write_report
 from semi_fast.schema.arguments import key_of, read_arguments
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.effects import without_effect
 from semi_fast.sealed_json import read_json
 
 OWNED = {"seed": "--seeds", "run_dir": "--out", "resume": "nothing: an unfinished run is always resumed"}
+PAGE = "report.html"
 POLL_SECONDS = 0.2
 ENDING_SECONDS = 30.0
 """What a run may take to end when it is told to."""
@@ -56,17 +59,24 @@ def sweep(
 
     A run is OUT/<file's name>/seed_K, its output OUT/<file's name>/seed_K.log. Finished ones are taken as they are,
     others are resumed. Every CUDA device, or the CPU, has `per_device` runs at a time. If this is interrupted the runs
-    are told to end. Raises ValueError for configurations that cannot be.
+    are told to end. Raises ValueError for configurations that cannot be, and if another sweep is at work under `out`.
     """
     check_environment()
     cells = list(cells_of(files, seeds=seeds, out=out, flags=flags))
     for cell in cells:
         check(cell.config)
+    if per_device < 1:
+        raise ValueError(f"--per-device must be at least 1; got {per_device}")
+    check_page(out / PAGE)
+    with claimed(out / "sweep.lock", f"--out {out}"):
+        return carried_through(cells, out, per_device=per_device)
+
+
+def carried_through(cells: Sequence[Cell], out: Path, *, per_device: int) -> int:
+    """Train what is not finished, and compare all; returns how many runs failed."""
     summaries = {cell.name: found for cell in cells if (found := summary_of(cell)) is not None}
     for name in summaries:
         print(f"{name}: finished before, and taken as it is")
-    if per_device < 1:
-        raise ValueError(f"--per-device must be at least 1; got {per_device}")
     slots = deque(device for _ in range(per_device) for device in devices(cells))
     waiting = deque(cell for cell in cells if cell.name not in summaries)
     print(f"{len(waiting)} runs, {min(len(slots), len(waiting))} at a time")
@@ -74,12 +84,11 @@ def sweep(
     failed = [name for name, code in codes.items() if code]
     done = [cell for cell in cells if cell.name not in failed]
     if done:
-        from semi_fast.report import write_report
         from semi_fast.report.compare import comparison
         from semi_fast.report.run import read_run
 
         run_dirs = [cell.run_dir for cell in done]
-        page = write_report(run_dirs, out / "report.html")
+        page = write_report(run_dirs, out / PAGE)
         print(comparison([read_run(run_dir) for run_dir in run_dirs]).text())
         print(f"report: {page}")
     return len(failed)

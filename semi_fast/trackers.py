@@ -11,9 +11,6 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, filter_trackers, get_available_trackers
 from accelerate.utils import LoggerType
 
-FOLDER = "trackers"
-"""In the run directory: what they write, where they can be told."""
-
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ValueError for the first name that accelerate does not know, or whose package is not installed."""
@@ -32,12 +29,13 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def tracked(accelerator: Accelerator, names: Sequence[str], run_dir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """Meanwhile `log` reaches the trackers `names`, which are begun with `config` and ended.
+def tracked(accelerator: Accelerator, names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Meanwhile `log` reaches the trackers `names`, which are begun with `config` and ended; they write to `folder`,
+    where they can be told.
 
     Raises ValueError, which names it, for the first one that does not begin, such as one without an account.
     """
-    folder, told = run_dir / FOLDER, {key: str(value) for key, value in config.items()}
+    told = {key: str(value) for key, value in config.items()}
     begun: list[GeneralTracker] = []
     try:
         if names and accelerator.is_main_process:

@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-from semi_fast import runlog
+from semi_fast import disk, rundir, runlog
 from semi_fast.batch import RowLayout
 from semi_fast.checkpoint import Checkpoint
 from semi_fast.data_prep.long_tail import split_for
@@ -35,15 +34,13 @@ from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.models.sync_batch_norm import synchronise_batch_norm
 from semi_fast.ops.door import numbered
-from semi_fast.philox import ORDER_LABELED
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
 from semi_fast.preemption import Preemption, end_with_launcher
 from semi_fast.processes import lost_ones_named
-from semi_fast.report import write_report
-from semi_fast.rundir import checkpoint_to_resume, claimed, provenance, run_dir_of
-from semi_fast.sampling import Batches, Stream, label_tables
-from semi_fast.schema.config import Config, check, identity, leaves
+from semi_fast.report import check_page, write_report
+from semi_fast.sampling import Batches, first_visit_counts, label_tables
+from semi_fast.schema.config import Config, identity, leaves
 from semi_fast.schema.yaml_file import dump
 from semi_fast.screen import lasting_streams
 from semi_fast.sealed_json import read_json
@@ -60,9 +57,10 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises ValueError for what the user must change, RuntimeError for the machine, NonFiniteError for numerics.
     """
-    check(config)
+    rundir.check_usable(config)
     check_environment()
     check_trackers(config.log.track)
+    fresh = rundir.run_dir_of(config) is None
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
     manifest = load_manifest(config.data.path)
@@ -77,19 +75,23 @@ def run(config: Config) -> dict[str, Any]:
         if alone := started_alone(accelerator.num_processes):
             print(alone)
         config, run_dir = settled(config, manifest, accelerator)
+        check_page(run_dir / "report.html")
         where = accelerator.device, config.precision, accelerator.num_processes
         environment = runlog.environment(*where, manifest.num_classes)
-        meta = provenance(config, manifest, split, environment)
-        saved = checkpoint_to_resume(
+        meta = rundir.provenance(config, manifest, split, environment)
+        saved = rundir.checkpoint_to_resume(
             run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")
         )
         with ExitStack() as stack:
+            if fresh and accelerator.is_main_process:
+                stack.callback(rundir.unmake, run_dir)
             engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
             accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
             preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
             if accelerator.is_main_process:
-                stack.enter_context(claimed(run_dir))
-            stack.enter_context(tracked(accelerator, config.log.track, run_dir, leaves(identity(config))))
+                stack.enter_context(rundir.claimed(run_dir, config.resume))
+            trackers = run_dir / rundir.TRACKERS
+            stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
             stack.enter_context(lost_ones_named())
             parts = engine, config, manifest, split, accelerator, environment
             return conduct(*parts, preemption, run_dir=run_dir, saved=saved)
@@ -104,7 +106,10 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> tup
     precision = config.precision
     if precision == "auto":
         precision = PRECISION[accelerator.mixed_precision.lower()]
-    run_dir = broadcast_object_list([str(run_dir_of(config, manifest.dataset))])[0]
+    run_dir = rundir.run_dir_of(config)
+    if run_dir is None and accelerator.is_main_process:
+        run_dir = rundir.fresh_run_dir(config, manifest.dataset)  # which the others are told
+    run_dir = broadcast_object_list([str(run_dir)])[0]
     return replace(config, precision=precision, run_dir=run_dir), Path(run_dir)
 
 
@@ -197,7 +202,11 @@ def make_state(
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         method=method.init(
             Environment(
-                split.labeled_counts, model.features, device, dtype, first_visit_counts(config, manifest, split)
+                split.labeled_counts,
+                model.features,
+                device,
+                dtype,
+                first_visit_counts(manifest, split, seed=config.seed, rows=config.batch.labeled),
             )
         ),
         step=torch.zeros((), dtype=torch.int64, device=device),
@@ -207,13 +216,6 @@ def make_state(
 
 def memory_format(config: Config) -> torch.memory_format:
     return torch.channels_last if config.engine.channels_last else torch.contiguous_format
-
-
-def first_visit_counts(config: Config, manifest: Manifest, split: Split) -> tuple[int, ...]:
-    """Labeled images per class in the full batches of the first visit: what a loader that drops the last would show."""
-    order = Stream(split.labeled, seed=config.seed, stream=ORDER_LABELED).order(0)
-    seen = order[: len(order) // config.batch.labeled * config.batch.labeled]
-    return tuple(np.bincount(manifest.labels("train")[seen], minlength=manifest.num_classes).tolist())
 
 
 def conduct(
@@ -235,13 +237,15 @@ def conduct(
         if saved is not None and (run_dir / "env.json").exists():
             before = read_json(run_dir / "env.json")
             environment["before_resume"] = [*before.pop("before_resume", []), before]  # the newest last
-        runlog.write_text(run_dir / "config.yaml", dump(config))
-        runlog.write_json(run_dir / "env.json", environment)
+        disk.write_text(run_dir / "config.yaml", dump(config))
+        disk.write_json(run_dir / "env.json", environment)
         for name in ("summary.json", "split.json"):
             (run_dir / name).unlink(missing_ok=True)
-        with runlog.writing(run_dir / "split.json"):
+        with disk.writing(run_dir / "split.json"):
             save_split(split, run_dir / "split.json")
-        engine.screen.line(opening(config, manifest, split, environment, engine))
+        parameters = sum(p.numel() for p in engine.program.state.model.parameters())
+        sizes = {"parameters": parameters, "rows": engine.layout.total}
+        engine.screen.line(runlog.opening(config, manifest, split, environment, **sizes))
         if saved is not None or config.resume == "auto":
             nothing = f"nothing to resume in {run_dir}: starting at step 0"
             engine.screen.line(f"resumed from {saved.path}" if saved else nothing)
@@ -250,7 +254,7 @@ def conduct(
     except NonFiniteError as error:
         if engine.metrics is not None:
             with suppress(RuntimeError):  # of a disk that is full: the error says the same
-                runlog.write_json(run_dir / "nonfinite.json", {"step": error.step, "sample_ids": error.ids})
+                disk.write_json(run_dir / "nonfinite.json", {"step": error.step, "sample_ids": error.ids})
         raise
     finally:
         engine.screen.close()
@@ -261,11 +265,10 @@ def conduct(
     if engine.metrics is not None:
         parts = engine.metrics, engine.clock, engine.layout
         summary = summarise(config, manifest, split, environment, *parts)
-        runlog.write_json(run_dir / "env.json", environment)
-        runlog.write_json(run_dir / "summary.json", summary)
+        disk.write_json(run_dir / "env.json", environment)
+        disk.write_json(run_dir / "summary.json", summary)
         try:
-            with runlog.writing(run_dir / "report.html"):
-                page = write_report([run_dir], run_dir / "report.html")
+            page = write_report([run_dir], run_dir / "report.html")
         except BaseException:
             (run_dir / "summary.json").unlink()  # which says that the run is finished
             raise
@@ -310,22 +313,6 @@ def eval_sets(manifest: Manifest, split: Split, device: torch.device, *, threads
         labels = manifest.labels("train")[split.validation]
         sets.append(EvalSet("validation", on_device(images), on_device(labels)))
     return sets
-
-
-def opening(config: Config, manifest: Manifest, split: Split, env: dict[str, Any], engine: Engine) -> str:
-    """What a run says first."""
-    truth = "unknown classes" if split.unlabeled_counts is None else f"{sum(split.unlabeled_counts)} not labeled too"
-    parameters = sum(p.numel() for p in engine.program.state.model.parameters())
-    return "\n".join(
-        [
-            f"{config.method.name} on {manifest.dataset}: {len(split.labeled)} labeled, {len(split.unlabeled)} "
-            f"unlabeled ({truth}), {manifest.length('test')} test images, {manifest.num_classes} classes",
-            f"{config.model.name}, {parameters:,} parameters; {env['precision']} on {env['hardware']}; "
-            f"{env['processes']} process(es), {engine.layout.total} rows each; {config.optim.steps} steps",
-            env["operations"],
-            f"run: {config.run_dir}",
-        ]
-    )
 
 
 def guarded(config: Config) -> int:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import semi_fast
+from semi_fast import train as module
 from semi_fast.cli import main, parse_config
 from semi_fast.engine import Engine
 from semi_fast.sampling import Batches
@@ -561,6 +563,103 @@ def test_a_run_directory_in_use_by_another_process(
         fcntl.flock(lock, fcntl.LOCK_EX)
         words = ["run_dir", run_dir, f"in use by process {os.getpid()} on {socket.gethostname()}", "choose another"]
         not_started(capsys, digits, run_dir, [*SHORT, "--resume=auto"], words)
+
+
+OCCUPIED = """
+import sys
+from semi_fast.cli import main
+codes = [main(words.split("|")) for words in sys.argv[1:]]
+print(codes, sorted({"torch", "accelerate", "matplotlib", "safetensors"} & set(sys.modules)))
+"""
+
+
+def test_a_run_that_cannot_begin_is_refused_before_anything_heavy_is_loaded(
+    finished: Path, digits: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    checkpoint = f"--resume={saved(run_dir, 2)}"
+    named = [word for word in train(digits, run_dir, *SHORT, checkpoint) if not word.startswith("--run_dir")]
+    words = [
+        train(digits, run_dir, *SHORT),
+        train(digits, run_dir, *SHORT, "--resume=auto"),
+        named,
+        train(digits, finished, *SHORT),
+        train(digits, tmp_path / "new", "--optim.lr=-1"),
+    ]
+    with (run_dir / "run.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-c", OCCUPIED, *map("|".join, words)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    lines = ended.stderr.splitlines()
+    assert ["is in use by process" in line for line in lines] == [True, True, True, False, False], lines
+    assert "run_dir must be new or empty" in lines[3]
+    assert "optim.lr must be positive" in lines[4]
+    assert ended.stdout == "[2, 2, 2, 2, 2] []\n"
+
+
+def test_a_directory_that_was_used_since_it_was_looked_at(
+    finished: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a run that began and ended while another was still loading."""
+    run_dir, built = tmp_path / "run", module.build
+
+    def build(*arguments: Any, **parts: Any) -> Engine:
+        shutil.copytree(finished, run_dir)
+        return built(*arguments, **parts)
+
+    monkeypatch.setattr(module, "build", build)
+    refused(capsys, train(digits, run_dir, *SHORT), ["run_dir must be new or empty", run_dir])
+    ours, theirs = (tree(one) for one in (run_dir, finished))
+    assert {path for path in ours if ours[path] != theirs[path]} <= {"run.lock"}
+
+
+def test_two_runs_that_begin_in_the_same_second_have_directories_of_their_own(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that cannot begin leaves none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "write_report", lambda run_dirs, page: page)
+    monkeypatch.setattr("time.strftime", lambda *_: "20261128-120000")
+    words = ["train", *ARGUMENTS, "--optim.steps=3", "--eval.every=3", f"--data.path={digits}"]
+    assert main(words) == main(words) == 0
+    refused(capsys, [*words, "--split.unlabeled_max=0", "--method.name=fixmatch"], ["needs unlabeled images"])
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["digits_semi_20261128-120000", "digits_semi_20261128-120000_2"]
+    for name in names:
+        assert yaml.safe_load((tmp_path / "runs" / name / "config.yaml").read_text())["run_dir"] == f"runs/{name}"
+
+
+def test_a_run_in_the_directory_one_stands_in(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is filled in place."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "write_report", lambda run_dirs, page: page)
+    before = tmp_path.stat().st_ino
+    assert main(train(digits, Path(), "--optim.steps=3", "--eval.every=3")) == 0
+    assert (tmp_path / "summary.json").exists()
+    assert Path.cwd().stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prepare", "digits"],
+        ["demo"],
+        ["sweep", "x.yaml"],
+        ["reproduce", "table1/semi/cifar10_lt/n500_m4000_g100"],
+        ["report", "run"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_empty_output_is_no_place(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, [*words, "--out", ""], ["--out must name where the output goes; it is empty"])
+    refused(capsys, [*words, "--out="], ["--out must name where the output goes; it is empty"])
+    assert tree(tmp_path) == {}
 
 
 def test_a_checkpoint_named_knows_its_run_and_no_other(

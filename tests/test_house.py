@@ -32,8 +32,10 @@ LEVELS = {
     3: "methods models checkpoint runlog evaluation",
     2: "memory_bank ema schedule metrics scores sampling capture preemption trackers",
     1: "ops",
-    0: "batch schema manifest beton tfrecord philox processes errors screen launch",
+    0: "batch schema manifest beton tfrecord philox processes screen launch",
     -1: "sealed_json hashed_file",  # what the manifest and the containers are written with
+    -2: "disk",
+    -3: "errors",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 PROGRAMS = LEVELS[6].split()  # these may also import one another, inside functions

@@ -23,11 +23,11 @@ from PIL import Image
 from semi_fast import philox
 from semi_fast.cli import main
 from semi_fast.data_prep import prepare, restricted_unpickler
-from semi_fast.data_prep.prepare import prepare_imagenet127
+from semi_fast.data_prep.prepare import hidden_directory, prepare_imagenet127
 from semi_fast.data_prep.readers import decoding, downsampled_imagenet, ilsvrc
 from semi_fast.data_prep.readers.imagenet127 import read_imagenet127
 from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, class_by_wnid, load_table
-from semi_fast.data_prep.readers.kept_chunks import KeptChunks, scratch_bytes
+from semi_fast.data_prep.readers.kept_chunks import scratch_bytes
 from semi_fast.data_prep.restricted_unpickler import StoredArray, load_stored_dict
 from semi_fast.data_prep.writers.resident import needed_bytes
 from semi_fast.manifest import Manifest, load_manifest, verify_manifest
@@ -514,10 +514,11 @@ def test_what_is_decoded_goes_when_the_input_is_refused(tmp_path: Path, capsys: 
 
 def test_two_preparations_of_one_directory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = write_ilsvrc(tmp_path / "raw")
-    other = KeptChunks(tmp_path / ".data.decoded", 8)
-    assert main(["prepare", "imagenet127", "--raw", str(raw), "--out", str(tmp_path / "data")]) == 2
-    assert "held by another process that prepares the same --out" in capsys.readouterr().err
-    other.close()
+    with hidden_directory(tmp_path / ".data.preparing"):
+        assert main(["prepare", "imagenet127", "--raw", str(raw), "--out", str(tmp_path / "data")]) == 2
+        assert not (tmp_path / ".data.decoded").exists(), "which is the other's"
+    assert "--out, whose work stands in" in (said := capsys.readouterr().err)
+    assert "is in use by another process" in said
 
 
 def test_the_disk_must_hold_what_is_decoded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

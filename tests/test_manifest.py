@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from semi_fast import sealed_json
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.manifest import Manifest, Split, find_split, load_manifest, load_split, save_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
@@ -240,7 +240,7 @@ def test_a_failed_save_leaves_nothing(split: Split, tmp_path: Path, monkeypatch:
     def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sealed_json.os, "fsync", no_space)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space"):
         save_split(split, tmp_path / "splits" / "x.json")
     assert list((tmp_path / "splits").iterdir()) == []

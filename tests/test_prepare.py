@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semi_fast.cli import main
 from semi_fast.data_prep import commands, prepare
 from semi_fast.data_prep.prepare import (
     hidden_directory,
@@ -123,7 +124,7 @@ def test_repeated_test_images_are_counted_and_warned_of(tmp_path: Path, capsys: 
     assert capsys.readouterr().err.startswith("warning: 2 test images have the pixels of a train")
 
 
-def test_an_existing_directory_is_only_taken_when_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_directory_is_only_taken_when_empty(tmp_path: Path) -> None:
     raw = write_cifar10_binary(tmp_path / "raw", 1)
     out = tmp_path / "data"
     out.mkdir()
@@ -132,8 +133,7 @@ def test_an_existing_directory_is_only_taken_when_empty(tmp_path: Path, monkeypa
         prepare_cifar10(raw, out)
     assert names(out) == ["mine"]
     (out / "mine").unlink()
-    monkeypatch.chdir(out)
-    prepare_cifar10(raw, Path())
+    prepare_cifar10(raw, out)
     assert names(out) == ["manifest.json", "resident"]
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="must not be a symbolic link"):
@@ -141,6 +141,33 @@ def test_an_existing_directory_is_only_taken_when_empty(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--out must be new"):
         prepare_cifar10(raw, tmp_path / "file")
+
+
+@pytest.mark.parametrize("split", [[], ["--labeled-max", "20"]])
+@pytest.mark.parametrize("named", [".", "../here", "here/..", "mount"])
+def test_the_directory_one_stands_in_is_never_replaced(
+    named: str, split: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor a mount point, which cannot be; said before anything is read."""
+    here = tmp_path / "here"
+    (here / "mount").mkdir(parents=True)
+    if named == "mount":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mount")
+        monkeypatch.chdir(here)
+    elif named == "here/..":
+        monkeypatch.chdir(here / "mount")
+        named = str(here / "mount" / "..")
+    else:
+        (here / "mount").rmdir()
+        monkeypatch.chdir(here)
+    before = here.stat().st_ino
+    assert main(["prepare", "digits", "--out", named, *split]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "neither a mount point nor the directory one stands in" in line
+    assert "name a new directory in it" in line
+    assert here.stat().st_ino == before
+    assert names(tmp_path) == ["here"]
+    assert [path for path in here.rglob("*") if not path.is_dir()] == []
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +270,7 @@ def test_the_work_of_a_running_process_is_left_alone(tmp_path: Path) -> None:
     raw, running = write_cifar10_binary(tmp_path / "raw", 1), tmp_path / ".data.preparing"
     with hidden_directory(running):
         (running / "theirs").write_text("")
-        with pytest.raises(
-            ValueError, match=r"\.data\.preparing: held by another process that prepares the same --out"
-        ):
+        with pytest.raises(ValueError, match=r"\.data\.preparing, is in use by another process; .* choose another"):
             prepare_cifar10(raw, tmp_path / "data")
         assert names(running) == ["theirs"]
     assert names(tmp_path) == ["raw"]

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from semi_fast.report import write_report
 from semi_fast.report.compare import comparison
 from semi_fast.report.figures import pseudo_label_groups
-from semi_fast.report.page import replace_text
 from semi_fast.report.run import METRICS, read_run
 
 
@@ -264,7 +263,8 @@ def test_data_behind_the_figures(run_dir: Path, page: str) -> None:
 
 
 def test_same_run_same_page(run_dir: Path, page: str, tmp_path: Path) -> None:
-    assert write_report([run_dir], tmp_path / "again.html").read_text() == page
+    again = write_report([run_dir], tmp_path / "again.html").read_text()
+    assert again.replace("again_data/", "report_data/") == page
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -442,21 +442,54 @@ def test_no_runs_and_a_directory_as_page(tmp_path: Path) -> None:
 
 
 def test_an_old_page_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import semi_fast.report.page as module
-
     run = fake_run(tmp_path / "run", classes=2, finished=False)
     (run / "metrics.jsonl").write_text("")
-    target = tmp_path / "page.html"
-    target.write_text("old")
+    target = write_report([run], tmp_path / "page.html")
+    old, before = target.read_text(), set(tmp_path.rglob("*"))
 
     def fail(source: Path, destination: Path) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(module.os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(RuntimeError, match=r"page_data/README.txt could not be written: no space"):
         write_report([run], target)
-    assert target.read_text() == "old"
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and run not in path.parents] == [target]
+    assert target.read_text() == old
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", classes=2, finished=False)
+    (run / "metrics.jsonl").write_text("")
+    for _ in range(2):
+        write_report([run], tmp_path / "a.html")
+    of_a = {path: path.read_bytes() for path in (tmp_path / "a_data").iterdir()}
+    assert {path.name for path in of_a} == {"README.txt", "results.csv"}
+    write_report([run, fake_run(tmp_path / "b", classes=2)], tmp_path / "b.html")
+    assert {path: path.read_bytes() for path in (tmp_path / "a_data").iterdir()} == of_a, "each has its own numbers"
+    assert (tmp_path / "b_data" / "comparison.csv").is_file()
+
+    (tmp_path / "b.html").unlink()
+    write_report([run], tmp_path / "b.html")  # its folder is still known for ours
+    for name in ("thesis.html", "empty.html"):
+        (tmp_path / name).write_text("<h1>Mine</h1>" if name == "thesis.html" else "")
+    (tmp_path / "c_data").mkdir()
+    (tmp_path / "c_data" / "terms.csv").write_text("mine")
+    (tmp_path / "d_data").symlink_to(tmp_path / "c_data")
+    (tmp_path / "e_data").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, message in (
+        ("run/config.yaml", "a report is a page, NAME.html; got .*config.yaml"),
+        ("x.csv", "a report is a page, NAME.html; got .*x.csv; its numbers go to x_data/"),
+        ("page", "a report is a page, NAME.html"),
+        ("thesis.html", "replaces nothing but a report; .*thesis.html is none; choose another name"),
+        ("empty.html", "replaces nothing but a report"),
+        ("c.html", "keeps its numbers in c_data/; .*c_data is something else; choose another name"),
+        ("d.html", "keeps its numbers in d_data/"),
+        ("e.html", "keeps its numbers in e_data/"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_report([run], tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_importing_the_report_is_light() -> None:
@@ -469,5 +502,6 @@ def test_importing_the_report_is_light() -> None:
 
 def test_a_path_that_is_no_text_costs_no_page(tmp_path: Path) -> None:
     """Bytes that are no UTF-8, or a locale that is not: the name is shown as far as it goes."""
-    replace_text(tmp_path / "page.html", os.fsdecode(b"run \xff"))
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "run ?"
+    run_dir = fake_run(tmp_path / os.fsdecode(b"run \xff"))
+    page = write_report([run_dir], tmp_path / "page.html")
+    assert "run ?" in page.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +17,7 @@ import yaml
 import semi_fast.train
 from semi_fast.cli import main, parse_config
 from semi_fast.data_prep.long_tail import make_split
+from semi_fast.disk import claimed
 from semi_fast.manifest import Manifest
 from semi_fast.methods import make_method
 from semi_fast.reproduce.cells import CONFIGS, Cell, cells, document, find
@@ -390,6 +392,15 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cifar10_binary(root / "raw", per_class=50, test_per_class=2)
     assert main(["prepare", "cifar10", "--raw", str(root / "raw"), "--out", str(root / "data")]) == 0
     return root / "data"
+
+
+def test_one_process_at_a_time_has_the_directory(
+    cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(tmp_path / "reproduce.lock", "--out"):
+        words = shlex.join([CELL, f"--data={cifar10}", f"--out={tmp_path}", "--seeds=0", "--steps=60", *TINY])
+        refused(capsys, words, f"--out {tmp_path} is in use by process {os.getpid()}", "wait for it, or choose another")
+    assert [path.name for path in tmp_path.iterdir()] == ["reproduce.lock"]
 
 
 def test_a_short_cell_is_run_compared_and_not_run_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import yaml
 
 from semi_fast import sweep as module
 from semi_fast.cli import main
+from semi_fast.disk import claimed
 from semi_fast.sweep import devices, sweep
 
 from .conftest import PATIENCE
@@ -87,6 +89,22 @@ def test_what_cannot_be_is_refused_before_anything_starts(
         sweep([files[0], files[0]], seeds=[0], out=tmp_path / "out", flags=FLAGS)
     with pytest.raises(ValueError, match="--per-device must be at least 1; got 0"):
         sweep(files, seeds=[0], out=tmp_path / "out", per_device=0, flags=FLAGS)
+
+
+def test_one_sweep_at_a_time_has_the_directory(
+    files: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And a page that is none of ours is refused before it, not after all runs."""
+    out = tmp_path / "out"
+    words = ["sweep", *files, "--seeds", "0", "--out", str(out), *FLAGS]
+    with claimed(out / "sweep.lock", "--out"):
+        assert main(words) == 2
+    said = f"--out {out} is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, or choose another"
+    assert capfd.readouterr().err == f"semi-fast: {said}\n"
+    (out / "report.html").write_text("mine")
+    assert main(words) == 2
+    assert "a report replaces nothing but a report" in capfd.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "sweep.lock"]
 
 
 def test_every_gpu_is_used(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

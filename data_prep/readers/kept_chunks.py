@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import __version__ as pillow_version
 
 from semi_fast.data_prep.readers.image_file import ImageRead
+from semi_fast.disk import named
 
 DIGEST_BYTES = 32
 MODE_BYTES = 8
@@ -19,7 +19,8 @@ CHUNK_IMAGES = 64
 
 
 class KeptChunks:
-    """A locked file of slots, one for each chunk of files; a slot is whole or does not count.
+    """A file of slots, one for each chunk of files; a slot is whole or does not count. One process has it: the one that
+    holds the output.
 
     It begins with a digest over names, sizes and times of the files, how they were decoded, and what the slot holds:
     nothing need be synced, and whatever changed, was cut or never written is decoded again. The file goes with
@@ -31,11 +32,6 @@ class KeptChunks:
         self.resolution = resolution
         self.row_bytes = HEAD_BYTES + 3 * resolution**2
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.file)
-            raise ValueError(f"{path}: held by another process that prepares the same --out; choose another") from None
 
     def load(self, place: int, identity: bytes, images: int) -> list[ImageRead] | None:
         """What the slot holds of the files with this identity; None if it does not."""
@@ -61,8 +57,9 @@ class KeptChunks:
         if len(rows) == len(decoded):
             content = b"".join(rows)
             slot, done = self._digest(identity, content) + content, 0
-            while done < len(slot):
-                done += os.pwrite(self.file, slot[done:], self._offset(place) + done)
+            with named(self.path, "write"):
+                while done < len(slot):
+                    done += os.pwrite(self.file, slot[done:], self._offset(place) + done)
 
     def close(self) -> None:
         self.path.unlink(missing_ok=True)

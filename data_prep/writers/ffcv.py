@@ -9,7 +9,7 @@ import numpy as np
 
 from semi_fast.beton import BetonFile, beton_file, layout_of
 from semi_fast.data_prep.readers import Raw
-from semi_fast.sealed_json import fsync_directory
+from semi_fast.disk import fsync_directory
 
 NO_LABEL = -1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from semi_fast.report import compare, figures
+from semi_fast.disk import make_directory, write_text
+from semi_fast.report import NOTE, check_page, compare, data_folder, figures
 from semi_fast.report.compare import MISSING, Table, show
 from semi_fast.report.run import Run, number, read_run
 from semi_fast.report.style import inline_svg
 
-DATA = "report_data"
 PROTOCOL = ("protocol", "dataset", "split_sha256", "manifest_sha256", "steps", "precision", "hardware")
 GROUPED = "Many and few are the thirds of the classes with most and fewest labeled images, medium the rest."
 DIAGNOSTIC = (
@@ -40,9 +39,10 @@ class Plot:
 
 
 class _Output:
-    """Collects the plots of one page and the CSV files behind them, by path below DATA."""
+    """Collects the plots of one page and the CSV files behind them, by path below its folder `data`."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: str) -> None:
+        self.data = data
         self.files: dict[str, str] = {}
         self.figures = 0
 
@@ -52,7 +52,7 @@ class _Output:
             return Plot(title, caption, None, "")
         self.files[data] = table.csv()
         self.figures += 1
-        return Plot(title, caption, inline_svg(draw(), f"f{self.figures}", title), f"{DATA}/{data}")
+        return Plot(title, caption, inline_svg(draw(), f"f{self.figures}", title), f"{self.data}/{data}")
 
 
 def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -60,10 +60,10 @@ def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
     out = Path(out)
     if not run_dirs:
         raise ValueError("a report needs at least one run directory; got none; name one that a training wrote")
-    if out.is_dir():
-        raise ValueError(f"a report is one file; {out} is a directory; name a file such as report.html in it")
+    check_page(out)
+    data = data_folder(out)
     runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
-    names, output, several = compare.labels(runs), _Output(), len(runs) > 1
+    names, output, several = compare.labels(runs), _Output(data.name), len(runs) > 1
     compared = _comparison(runs, output) if several else None
     sections = [
         _section(run, name, f"{index}_{_slug(name)}/" if several else "", output)
@@ -78,25 +78,13 @@ def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
     )
     title = f"{len(runs)} runs compared" if several else names[0]
     page = environment.get_template("page.html")
-    text = page.render(title=title, compared=compared, runs=sections, data=DATA, files=len(output.files))
-    for name, content in output.files.items():
-        replace_text(out.parent / DATA / name, content)
-    replace_text(out, text)
+    text = page.render(title=title, compared=compared, runs=sections, data=data.name, files=len(output.files))
+    note = f"The numbers behind {out.name}, which semi_fast writes together with the page.\n"
+    for name, content in {NOTE: note, **output.files}.items():
+        make_directory((data / name).parent)
+        write_text(data / name, content, errors="replace")  # of paths that are no text
+    write_text(out, text, errors="replace")
     return out
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as a whole: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:  # of paths that are no text
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _slug(name: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semi_fast.data_prep.long_tail import split_for
+from semi_fast.disk import claimed, write_json
 from semi_fast.launch import check_environment
 from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
 from semi_fast.report.compare import Table
@@ -41,11 +42,9 @@ def reproduce(
 
     Seed K goes to OUT/seed_K. A finished run there is taken as it is, an unfinished one is resumed. `flags` are further
     keys, `--key=value`; whatever they change is said beside the result.
-    Raises ValueError for a cell, a flag or data that do not fit, and for a run in OUT that is another one.
+    Raises ValueError for a cell, a flag or data that do not fit, for a run in OUT that is another one, and if another
+    process reproduces a cell there.
     """
-    from semi_fast.runlog import write_json
-    from semi_fast.train import run
-
     cell = find(name)
     check_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -60,6 +59,24 @@ def reproduce(
     configs = {seed: replace(config, seed=seed, run_dir=str(root / f"seed_{seed}"), resume="auto") for seed in seeds}
     for one in configs.values():
         check(one)
+    with claimed(root / "reproduce.lock", f"--out {root}"):
+        return beside_paper(cell, published, config, configs, split_sha256, root, short=short)
+
+
+def beside_paper(
+    cell: Cell,
+    published: Config,
+    config: Config,
+    configs: dict[int, Config],
+    split_sha256: str,
+    root: Path,
+    *,
+    short: dict[str, int],
+) -> Path:
+    """Train what is not finished of `configs`, one for each seed, and compare."""
+    from semi_fast.train import run
+
+    name, seeds = cell.name, tuple(configs)
     done = {seed: finished(one, split_sha256) for seed, one in configs.items()}
     summaries = []
     for seed, one in configs.items():

@@ -107,6 +107,51 @@ def test_a_kill_at_a_random_moment_loses_no_checkpoint(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_called_otherwise_is_never_counted_or_touched(tmp_path: Path) -> None:
+    """Copies, backups and notes of the user; and files, and links, which are no checkpoints of ours."""
+    for step in range(1, KEEP + 1):
+        save(tmp_path, step)
+    mine = ["step_000000001_paper", "step_000000001.bak", "step_best", "step_1", "step_0000000001", "step_00000000९"]
+    mine += [".tmp-notes", ".tmp-1-2-old", ".del-step_000000001_paper", ".del-me"]
+    for name in mine:
+        shutil.copytree(tmp_path / "step_000000001", tmp_path / name)
+    files = [".tmp-7-7", ".del-step_000000007", "step_000000000"]
+    for name in files:
+        (tmp_path / name).write_text("mine")
+    for name in (".tmp-1-2", ".del-step_000000000"):
+        (tmp_path / name).mkdir()
+    for step in (KEEP + 1, KEEP + 2):
+        save(tmp_path, step)
+    ours = [f"step_{step:09d}" for step in range(3, KEEP + 3)]
+    assert sorted(path.name for path in checkpoint.published(tmp_path)) == ours
+    checkpoint.retire_after(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([ours[0], *mine, *files])
+    assert newest_step(tmp_path) == 3
+
+
+def test_a_link_to_a_checkpoint_is_one_and_goes_alone(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    kept = tmp_path / "elsewhere"
+    kept.mkdir()
+    (tmp_path / "step_000000001").rename(kept / "step_000000001")
+    (tmp_path / "step_000000001").symlink_to(kept / "step_000000001")
+    assert newest_step(tmp_path) == 1
+    checkpoint.retire_after(tmp_path, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert newest_step(kept) == 1
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_whoever_may_read_one_file_of_a_checkpoint_may_read_all(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "step_000000001").iterdir()}
+    assert modes == dict.fromkeys((checkpoint.TENSORS, checkpoint.META, checkpoint.MANIFEST), 0o666 & ~umask)
+
+
 def at_changes(reached: Callable[[], None]) -> None:
     """Call `reached` before every change of the disk that Python makes, and before and after every fsync; in a child
     alone, as a hook stays."""

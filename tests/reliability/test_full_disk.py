@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from semi_fast import manifest, runlog, train
+from semi_fast import disk, manifest, train
 from semi_fast.checkpoint import TENSORS, newest, published
 from semi_fast.rundir import claimed
 from semi_fast.runlog import MetricsFile
@@ -38,7 +38,7 @@ def small_page() -> Iterator[None]:
     """Drawing the page takes longer than the run."""
 
     def page(run_dirs: list[Path], path: Path) -> Path:
-        runlog.write_text(path, f"{run_dirs[0].name}\n")
+        disk.write_text(path, f"{run_dirs[0].name}\n")
         return path
 
     with pytest.MonkeyPatch.context() as patch:
@@ -60,11 +60,11 @@ def on_a_disk_full_from(
     """A run whose disk takes nothing any more from the `nth` writing of that file on, status.json included."""
 
     def child() -> int:
-        text, append, sealed = runlog.write_text, MetricsFile.append, manifest.write_sealed
+        text, append, sealed = disk.write_text, MetricsFile.append, manifest.write_sealed
         writings, full = 0, False
 
         @contextmanager
-        def disk(path: Path, room: int = 0) -> Iterator[None]:
+        def filling(path: Path, room: int = 0) -> Iterator[None]:
             nonlocal writings, full
             writings += path.name == name
             full |= path.name == name and writings == nth
@@ -75,18 +75,18 @@ def on_a_disk_full_from(
                 yield
 
         def limited_text(path: Path, content: str) -> None:
-            with disk(path):
+            with filling(path):
                 text(path, content)
 
         def limited_append(self: MetricsFile, content: dict[str, Any]) -> None:
-            with disk(self.path, self.path.stat().st_size + TORN):
+            with filling(self.path, self.path.stat().st_size + TORN):
                 append(self, content)
 
         def limited_sealed(path: Path, *content: Any) -> str:
-            with disk(path.with_name("split.json")):
+            with filling(path.with_name("split.json")):
                 return sealed(path, *content)
 
-        runlog.write_text, MetricsFile.append, manifest.write_sealed = limited_text, limited_append, limited_sealed
+        disk.write_text, MetricsFile.append, manifest.write_sealed = limited_text, limited_append, limited_sealed
         return guarded(config(digits, run_dir, *FLAGS, *flags, resume=resume))
 
     return child
@@ -163,11 +163,13 @@ def test_the_exit_code_is_told_where_no_line_can_be(digits: Path, tmp_path: Path
 
 
 def test_an_error_that_is_no_full_disk_is_not_called_one(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"missing/x could not be written: No such file or directory$"):
-        runlog.write_text(tmp_path / "missing" / "x", "")
+    with pytest.raises(
+        RuntimeError, match=r"missing/x could not be written: os.open: No such file or dir.* \(ENOENT\);"
+    ):
+        disk.write_text(tmp_path / "missing" / "x", "")
     with (
         pytest.raises(RuntimeError, match=r"x could not be written: No space left on device; disk full\?$"),
-        runlog.writing(tmp_path / "x"),
+        disk.writing(tmp_path / "x"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -177,7 +179,7 @@ def test_the_lock_is_named_too(tmp_path: Path) -> None:
 
     def child() -> None:
         try:
-            with largest_file(0), claimed(tmp_path / "run"):
+            with largest_file(0), claimed(tmp_path / "run", "none"):
                 raise AssertionError("nothing may be done without it")
         except RuntimeError as error:
             print(error)
