@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +78,16 @@ def make_directory(path: Path) -> None:
 def fresh_directory(path: Path) -> Path:
     """Make a directory that nobody else has: `path`, or the first of `path_2`, `path_3`, ... that is not there."""
     make_directory(path.parent)
-    for number in count(1):
-        mine = path if number == 1 else path.with_name(f"{path.name}_{number}")
+    mine, number = path, 1
+    while True:
         try:
             mine.mkdir()
         except FileExistsError:
-            continue
-        fsync_directory(path.parent)
-        return mine
-    raise AssertionError
+            number += 1
+            mine = path.with_name(f"{path.name}_{number}")
+        else:
+            fsync_directory(path.parent)
+            return mine
 
 
 def publish_new(hidden: Path, path: Path) -> None:
@@ -158,7 +158,7 @@ def claimed(lock: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def held(descriptor: int, path: Path, what: str) -> Iterator[None]:
-    """Lock an open file or directory for this process alone; ValueError that begins with `what` if another has it.
+    """Lock an open file or directory while entered; ValueError that begins with `what` if another process has it.
 
     Where the file system has no locks, `PATH.held` is created instead and removed at the end. One that a kill leaves
     stays: nothing says on which machine its process may still be at work, so that only the user can tell.

@@ -38,7 +38,7 @@ def small_page() -> Iterator[None]:
     """Drawing the page takes longer than the run."""
 
     def page(run_dirs: list[Path], path: Path) -> Path:
-        disk.write_text(path, f"{run_dirs[0].name}\n")
+        disk.write_text(path, f"<title>{run_dirs[0].name} · semi_fast report</title>\n")
         return path
 
     with pytest.MonkeyPatch.context() as patch:

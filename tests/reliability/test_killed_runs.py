@@ -72,7 +72,7 @@ def no_page() -> Iterator[None]:
     """Drawing the page takes four times as long as the run, and reads what is compared here."""
 
     def page(run_dirs: list[Path], path: Path) -> Path:
-        write_text(path, f"{run_dirs[0].name}\n")
+        write_text(path, f"<title>{run_dirs[0].name} · semi_fast report</title>\n")
         return path
 
     with pytest.MonkeyPatch.context() as patch:
