@@ -31,7 +31,7 @@ def test_it_holds_the_rows_of_the_split_and_no_others(tmp_path: Path, rule: str)
     whole, small = load_manifest(tmp_path / "whole"), load_manifest(tmp_path / "small")
     verify_manifest(small)
     options = {"labeled_max": 6, "imbalance_labeled": 3.0, "unlabeled_max": 9, "imbalance_unlabeled": 3.0}
-    split = make_split(whole, "x", SplitConfig(**options, validation_per_class=1, rule=rule, seed=seed))
+    split = make_split(whole, "x", SplitConfig(**options, validation_per_class=1, rule=rule, seed=seed))  # type: ignore[arg-type]
     (path,) = (tmp_path / "small" / "splits").glob("*.json")
     mine = load_split(path, small)
     for part in ("labeled", "unlabeled", "validation"):
