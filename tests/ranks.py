@@ -19,6 +19,7 @@ from semi_fast import train
 from semi_fast.batch import Rows
 from semi_fast.engine import Engine
 from semi_fast.preemption import Preemption
+from semi_fast.schema.arguments import key_of
 from semi_fast.step import StepReport, TrainStep
 
 from .conftest import PATIENCE
@@ -50,7 +51,8 @@ def run_of(
     """Train the small run in so many processes, in float64 if `flags` say nothing else; `change` is called in each one
     before it starts. With `first`, only the first process is waited for."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    words = [*ARGUMENTS, f"--data.path={data}", f"--run_dir={run_dir}", "--precision=fp64", *flags]
+    given = (f"--data.path={data}", f"--run_dir={run_dir}", "--precision=fp64", *flags)
+    words = [*ARGUMENTS, *{key_of(flag): flag for flag in given}.values()]  # of two for one key, the later one
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -159,7 +159,9 @@ def test_links_out_of_the_folder_are_followed(tmp_path: Path, capsys: pytest.Cap
     for part in ("train", "test"):
         (raw / part / "fox").symlink_to(pictures / part / "dog")
     assert prepare(raw) == 2
-    assert "links must lead to files inside" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "links must lead to files inside" in said
+    assert "followed out of it with --follow" in said
     assert prepare(raw, "--follow") == 0
     assert load_manifest(tmp_path / "data").class_names == ("cat", "dog", "emu", "fox")
     (raw / "train" / "cat" / "x.png").symlink_to(raw / "nothing")

@@ -378,6 +378,7 @@ def test_a_split_of_another_data_set(tmp_path: Path, capsys: pytest.CaptureFixtu
     file = other / "splits" / "s.json"
     words = [file, "another data set", "make the split again"]
     not_started(capsys, mine, tmp_path / "run", [f"--split.file={file}"], words)
+    not_started(capsys, mine, tmp_path / "run", ["--split.file=t"], ["t: no such split file", "has --split.file=s"])
 
 
 def test_a_split_that_cannot_be_made_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

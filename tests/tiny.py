@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from semi_fast.cli import parse_config
+from semi_fast.schema.arguments import key_of, read_arguments
 from semi_fast.schema.config import Config
 
 from .conftest import DEVICE
@@ -16,9 +16,10 @@ ARGUMENTS = [f"--config={FILE}"]
 
 
 def config(data: Path, run_dir: Path | None, *flags: str, **top: Any) -> Config:
-    """The tiny configuration with flags on top."""
+    """The tiny configuration with flags on top, with or without effect; of two for one key, the later one."""
     where = [] if run_dir is None else [f"--run_dir={run_dir}"]
-    return replace(parse_config([*ARGUMENTS, f"--data.path={data}", *where, *flags]), **top)
+    given = {key_of(flag): flag for flag in (f"--data.path={data}", *where, *flags)}
+    return replace(read_arguments([*ARGUMENTS, *given.values()])[0], **top)
 
 
 def on_device(data: Path, run_dir: Path | None, *flags: str, **top: Any) -> Config:

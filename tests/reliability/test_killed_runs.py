@@ -47,7 +47,7 @@ METHODS = {
     "semi, paper": ["--method.semi.preset=paper"],
     "semi, official": [
         "--method.semi.preset=official", "--model.name=wrn_10_2", "--method.semi.mixing=0.4",
-        "--method.semi.bank_decay_every=3", "--method.semi.alignment_temperature=0.1",
+        "--method.semi.bank_decay_every=3", "--method.semi.warmup_epochs=1", "--method.semi.alignment_temperature=0.1",
     ],
     "semi, sampling and moving averages": [
         "--method.semi.bank_sampling=4", "--method.semi.class_weight_update=ema", "--method.semi.center=feature_ema",
