@@ -29,7 +29,7 @@ from semi_fast.levels import Level, compile_obstacle
 from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
 from semi_fast.methods.base import Loss
 from semi_fast.processes import gather_rows, sums
-from semi_fast.schema.arguments import below, parse_config
+from semi_fast.schema.arguments import below, read_arguments
 from semi_fast.schema.config import Config, check
 
 BLOCK = 4096  # images made at once
@@ -164,7 +164,7 @@ def configured(shape: Shape, manifest: Manifest, device: torch.device, flags: Se
     ]
     if not any(flag.startswith("--split.") for flag in flags):
         common.append(f"--split.labeled_fraction={LABELED_SHARE}")
-    config = parse_config(below(flags, common))
+    config, _ = read_arguments(below(flags, common))  # what is late of SeMi has no effect on others
     check(config)
     return config
 
