@@ -30,7 +30,7 @@ from semi_fast.schema.engine import EngineConfig
 from semi_fast.step import TrainStep
 from semi_fast.train import guarded, run
 
-from . import tape
+from . import generated, tape
 from .conftest import DEVICE
 from .tiny import config, on_device
 
@@ -315,6 +315,42 @@ def test_the_form_that_a_gpu_compiles_is_traced_whole(
     for name, tensor in ours.items():
         if tensor.is_floating_point() and name.startswith(("model.", "average.", "interval.")):
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_code_that_a_gpu_would_run_trains_as_eager_does(
+    precision: str, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's own kernels, written for an H200, and ours, in Triton's interpreter: two steps and an evaluation.
+
+    In bf16 the code with small kernels made one gives the bits of the code without.
+    """
+    flags = (f"--precision={precision}", "--method.name=semi", "--batch.labeled=2", "--eval.batch=16")
+    codes: list[str] = []
+
+    def trained(options: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+        torch._dynamo.reset()
+        steps = engine(*flags)
+        if options is not None:
+            made = generated.backend(levels.inductor_options(Level(captured=True, compiled=True)) | options, codes)
+            steps.compile(functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=made))
+        steps.run = steps.work
+        for step in range(2):
+            steps.one_step(step)
+        steps.evaluations[0].run()
+        return contents(steps) | dict(steps.evaluations[0].changed())
+
+    with operations.as_on_a_gpu():
+        ours = trained({})
+        theirs = trained({"combo_kernels": False} if precision == "bf16" else None)
+    parts = 6  # sampling, forward, backward, bookkeeping, sums, evaluation
+    assert len(codes) == (2 if precision == "bf16" else 1) * parts
+    for name, tensor in theirs.items():
+        if precision == "bf16" or not tensor.is_floating_point():
+            assert torch.equal(ours[name], tensor), name
+        else:
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_inductor_trains_as_eager_does(digits: Path, tmp_path: Path) -> None:
