@@ -109,7 +109,7 @@ def test_the_last_part_is_the_whole_step(manifest: Manifest) -> None:
     """And the part before it all of the program: what the parts repeat of it is the same to the bit."""
     with ExitStack() as stack:
         found = []
-        for name in ("step", "count", "update"):
+        for name in ("step", "count", "optimizer"):
             engine = step_cases.open_rung(Rung("eager", "fp32"), TINY, manifest, CPU, stack)
             runner = Runner(engine)
             runner.step()
@@ -117,9 +117,9 @@ def test_the_last_part_is_the_whole_step(manifest: Manifest) -> None:
             engine.draws.renew(1)
             part()
             found.append({key: tensor.clone() for key, tensor in engine.program.state.tensors()})
-        whole, count, update = found
+        whole, count, program = found
         assert all(torch.equal(whole[name], count[name]) for name in whole)
-        assert all(torch.equal(whole[name], update[name]) for name in whole)
+        assert all(torch.equal(whole[name], program[name]) for name in whole)
         parts = step_cases.parts(engine)
         assert tuple(parts) == step_cases.PARTS
         engine.program.losses = lambda *_: None  # type: ignore[assignment]

@@ -595,7 +595,7 @@ def test_a_run_that_cannot_begin_is_refused_before_anything_heavy_is_loaded(
     lines = ended.stderr.splitlines()
     assert ["is in use by process" in line for line in lines] == [True, True, True, False, False], lines
     assert "run_dir must be new or empty" in lines[3]
-    assert "optim.lr must be positive" in lines[4]
+    assert "optim.lr must lie in" in lines[4]
     assert ended.stdout == "[2, 2, 2, 2, 2] []\n"
 
 
@@ -624,7 +624,11 @@ def test_two_runs_that_begin_in_the_same_second_have_directories_of_their_own(
     monkeypatch.setattr("time.strftime", lambda *_: "20261128-120000")
     words = ["train", *ARGUMENTS, "--optim.steps=3", "--eval.every=3", f"--data.path={digits}"]
     assert main(words) == main(words) == 0
-    refused(capsys, [*words, "--split.unlabeled_max=0", "--method.name=fixmatch"], ["needs unlabeled images"])
+    refused(
+        capsys,
+        [*words, "--split.unlabeled_max=0", "--split.imbalance_unlabeled=1", "--method.name=fixmatch"],
+        ["needs unlabeled images"],
+    )
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["digits_semi_20261128-120000", "digits_semi_20261128-120000_2"]
     for name in names:

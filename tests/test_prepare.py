@@ -298,7 +298,7 @@ def test_the_commands_print_what_they_made(tmp_path: Path, capsys: pytest.Captur
     assert out[0].split() == ["class", "labeled", "unlabeled"]
     assert out[10].split() == ["truck", "2", "10"]
     assert "40 labeled, 140 unlabeled rows, 20 validation, rule semi" in out[11]
-    assert out[12] == str(data / "splits" / "lt.json")
+    assert out[12:] == ["train on it with --split.file=lt", str(data / "splits" / "lt.json")]
     commands.inspect(data=data)
     out = capsys.readouterr().out.splitlines()
     assert out[2].split() == ["class", "train", "test", "lt", "labeled", "lt", "unlabeled"]

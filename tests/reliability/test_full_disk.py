@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,16 +149,6 @@ def test_a_finished_run_that_goes_back_is_not_finished_until_it_is(whole: Path, 
     assert ended.code == 3, ended
     assert not (run_dir / "summary.json").exists()
     assert [path.name for path in published(run_dir / "checkpoints")] == ["step_000000002"]
-
-
-def test_the_exit_code_is_told_where_no_line_can_be(digits: Path, tmp_path: Path) -> None:
-    """What the program prints goes to a file on the disk that is full."""
-
-    def child() -> int:
-        sys.stdout, sys.stderr = (open("/dev/full", "w", buffering=1) for _ in range(2))  # noqa: SIM115
-        return guarded(config(digits, tmp_path / "run", *FLAGS))
-
-    assert forked(child).code == 3
 
 
 def test_an_error_that_is_no_full_disk_is_not_called_one(tmp_path: Path) -> None:

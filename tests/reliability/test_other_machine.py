@@ -58,7 +58,7 @@ def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_every_decisive_entry_is_named(
     whole: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = HERE(train.torch.device("cpu"), "fp32", 1)
+    here = HERE(train.torch.device("cpu"), "fp32", 1, 10)
     others: dict[str, Any] = {
         "device": "cuda",
         "processor": "NVIDIA H200",
@@ -98,7 +98,7 @@ def test_a_change_is_remembered_by_the_checkpoints_after_it_alone(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
-    threads = HERE(train.torch.device("cpu"), "fp32", 1)["threads"]
+    threads = HERE(train.torch.device("cpu"), "fp32", 1, 10)["threads"]
     there, back = f"threads was {threads}, is 64", f"threads was 64, is {threads}"
     resumed_at(3, digits, run_dir, threads=64)
     resumed_at(6, digits, run_dir, threads=64)
