@@ -10,6 +10,7 @@ NUMBERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT",
     "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
 )  # fmt: skip
+OF_MPI = NUMBERS[-3:]
 OFF = ("false", "no", "off", "0")
 ALLOWED = {
     "ACCELERATE_USE_DEEPSPEED": OFF,
@@ -49,6 +50,12 @@ def check_environment() -> None:
     for name in NUMBERS:
         if name in given and not given[name].isdecimal():
             raise ValueError(f"{name} in the environment must be a whole number; got {given[name]!r}: unset it")
+    for name in OF_MPI:
+        if not ranks and int(given.get(name, "1")) > 1:
+            raise ValueError(
+                f"{name} in the environment must be 1 where {', '.join(OF_A_PROCESS[:3])} are not set; got "
+                f"{given[name]}: unset it, or start by torchrun or accelerate"
+            )
     if ranks and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
         got = f"{given['RANK']} and {given['WORLD_SIZE']}"
         raise ValueError(f"RANK in the environment must be less than WORLD_SIZE; got {got}: unset {', '.join(ranks)}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from semi_fast import disk
 from semi_fast.disk import fresh_directory, write_json
 from semi_fast.errors import described, exit_code
+from semi_fast.launch import check_environment
 from semi_fast.manifest import Manifest, Split, formats
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import digest
@@ -44,13 +45,17 @@ def fresh_run_dir(config: Config, dataset: str) -> Path:
 
 
 def check_usable(config: Config) -> None:
-    """Raise ValueError for a configuration that cannot be, and if the run directory is in use, or none to begin or to
-    go on in; RuntimeError if nothing can be written there. Reads only, and loads nothing that takes time."""
+    """Raise ValueError for a configuration or an environment that cannot be, and if the run directory is in use, or
+    none to begin or to go on in; RuntimeError if nothing can be written there. Reads only, and loads nothing that takes
+    time."""
     check(config)
+    check_environment()
     run_dir = run_dir_of(config) or Path("runs")
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir must be a directory; {run_dir} is a file: choose another")
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"run_dir must lie in a directory; {there} is a file: choose another")
     if not os.access(there, os.W_OK | os.X_OK):
         raise RuntimeError(f"run_dir {run_dir} cannot be written: {there} is read-only here; choose another")
     if run_dir_of(config) is not None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from semi_fast.disk import claimed
 from semi_fast.launch import check_environment
 from semi_fast.preemption import LAUNCHED
 from semi_fast.report import check_page, write_report
-from semi_fast.schema.arguments import key_of, read_arguments
+from semi_fast.schema.arguments import key_of, parse_config, read_arguments
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.effects import without_effect
 from semi_fast.sealed_json import read_json
@@ -109,17 +109,12 @@ def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Se
     for key, reason in idle[0].items():
         if all(key in one for one in idle):
             raise ValueError(reason)
-    for file, stem, config, unused in zip(files, stems, configs, idle, strict=True):
+    for file, stem, unused in zip(files, stems, idle, strict=True):
         used = [flag for flag in flags if key_of(flag) not in unused]
         for seed in seeds:
-            name = f"{stem}/seed_{seed}"
-            run_dir = out / stem / f"seed_{seed}"
-            own = (f"--seed={seed}", f"--run_dir={run_dir}", "--resume=auto")
-            yield Cell(
-                name,
-                replace(config, seed=seed, run_dir=str(run_dir), resume="auto"),
-                (f"--config={file}", *used, *own),
-            )
+            own = (f"--seed={seed}", f"--run_dir={out / stem / f'seed_{seed}'}", "--resume=auto")
+            arguments = (f"--config={file}", *used, *own)
+            yield Cell(f"{stem}/seed_{seed}", parse_config(arguments), arguments)
 
 
 def summary_of(cell: Cell) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from semi_fast.ema import WeightAverage
 from semi_fast.engine import Engine
 from semi_fast.errors import EXPECTED, NonFiniteError, exit_code, one_line
 from semi_fast.evaluation import EvalSet, Evaluation
-from semi_fast.launch import check_environment, started_alone
+from semi_fast.launch import started_alone
 from semi_fast.levels import ladder, switches
 from semi_fast.manifest import Manifest, Split, load_manifest, save_split, seal_split
 from semi_fast.methods import Environment, Method, make_method
@@ -58,7 +58,6 @@ def run(config: Config) -> dict[str, Any]:
     Raises ValueError for what the user must change, RuntimeError for the machine, NonFiniteError for numerics.
     """
     rundir.check_usable(config)
-    check_environment()
     check_trackers(config.log.track)
     fresh = rundir.run_dir_of(config) is None
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -332,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     with lasting_streams():
         try:
             config = parse_config(sys.argv[1:] if argv is None else argv)
-        except ValueError as error:
+        except EXPECTED as error:
             print(one_line(error), file=sys.stderr)
             return exit_code(error)
         return guarded(config)

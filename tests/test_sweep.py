@@ -17,6 +17,9 @@ import yaml
 from semi_fast import sweep as module
 from semi_fast.cli import main
 from semi_fast.disk import claimed
+from semi_fast.reproduce.command import finished
+from semi_fast.schema.arguments import parse_config
+from semi_fast.schema.yaml_file import dump
 from semi_fast.sweep import devices, sweep
 
 from .conftest import PATIENCE
@@ -105,6 +108,22 @@ def test_one_sweep_at_a_time_has_the_directory(
     assert main(words) == 2
     assert "a report replaces nothing but a report" in capfd.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "sweep.lock"]
+
+
+def test_a_flag_for_some_files_alone_and_a_place_that_moved_change_no_finished_run(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run is started with is what it is compared with when the sweep is repeated, from wherever."""
+    flags = [*FLAGS, "--method.fixmatch.threshold=0.2"]
+    cells = list(module.cells_of(files, seeds=[0], out=Path("out"), flags=flags))
+    assert [cell.config for cell in cells] == [parse_config(cell.arguments) for cell in cells]
+    assert [cell.config.method.fixmatch.threshold for cell in cells] == [0.3, 0.2]
+    run_dir = tmp_path / "moved" / "supervised" / "seed_0"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(dump(cells[0].config))
+    (run_dir / "summary.json").write_text('{"status": "finished", "split_sha256": "0"}')
+    moved, _ = module.cells_of(files, seeds=[0], out=tmp_path / "moved", flags=flags)
+    assert finished(moved.config, "0") is not None
 
 
 def test_every_gpu_is_used(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

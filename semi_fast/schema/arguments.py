@@ -13,7 +13,6 @@ from semi_fast.schema.config import Config
 from semi_fast.schema.effects import without_effect
 from semi_fast.schema.semi import PRESETS, REQUIRED
 from semi_fast.schema.split import SplitConfig
-from semi_fast.schema.yaml_file import check_file, check_keys, config_keys
 
 TRAIN_HELP = """semi-fast train --config FILE [--key=value ...]
 
@@ -36,6 +35,8 @@ def parse_config(argv: Sequence[str]) -> Config:
 def read_arguments(argv: Sequence[str]) -> tuple[Config, set[str]]:
     """(the configuration, the keys given as flags), the latter with or without effect."""
     from jsonargparse import ArgumentError, ArgumentParser
+
+    from semi_fast.schema.yaml_file import check_file
 
     parser = ArgumentParser(prog="semi-fast train", exit_on_error=False, description=TRAIN_HELP)
     parser.add_argument("--config", action="config", help="YAML file of keys; may be given more than once")
@@ -149,6 +150,8 @@ def instead_of_keys(config: Config, as_flags: set[str]) -> Config:
 
 def readable(message: str) -> str:
     """What jsonargparse says of a value of the wrong type, as rule and value; any other message as it is."""
+    from semi_fast.schema.yaml_file import config_keys
+
     found = re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: ?(.*)', message)
     if found is None:
         pattern = r'Parser key "(.+?)": Does not validate against any of the Union subtypes .* Given value: ?(.*)'
@@ -169,6 +172,8 @@ def readable(message: str) -> str:
 
 def ordered(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(configuration files, flags as `--key=value`), with `-` and `_` the same and every key known, whole and once."""
+    from semi_fast.schema.yaml_file import check_keys, config_keys
+
     files: list[str] = []
     flags: dict[str, str] = {}
     words = list(argv)
