@@ -37,7 +37,7 @@ class Lasting(io.FileIO):
 
 
 def without_reader(error: OSError, number: int) -> bool:
-    """Whether a write failed as nobody reads any more: EIO of a terminal that is gone, which of a file is the disk's."""
+    """Whether a write failed as nobody reads any more; EIO is of a terminal that is gone, or else the disk's."""
     return error.errno in NO_READER or (error.errno == errno.EIO and stat.S_ISCHR(os.fstat(number).st_mode))
 
 
