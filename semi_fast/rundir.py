@@ -149,14 +149,16 @@ def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
 
 
 @contextmanager
-def claimed(run_dir: Path, resume: str) -> Iterator[None]:
-    """Make the directory ours while the run lasts, and say in its `status.json` how it ended.
+def claimed(run_dir: Path, resume: str, saved: checkpoint.Checkpoint | None) -> Iterator[None]:
+    """Make the directory ours while the run lasts, which goes on from `saved`; `status.json` there says how it ended.
 
     While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory, or
     if one has had it since it was looked at.
     """
     with disk.claimed(run_dir / LOCK, f"run_dir {run_dir}"):
         _check_content(run_dir, resume)
+        if resume == "auto":
+            _check_newest(run_dir / "checkpoints", saved)
         status = run_dir / STATUS
         status.unlink(missing_ok=True)
         try:
@@ -166,6 +168,19 @@ def claimed(run_dir: Path, resume: str) -> Iterator[None]:
                 write_json(status, {"exit_code": exit_code(error), "message": described(error)})
             raise
         write_json(status, {"exit_code": 0, "message": "finished"})
+
+
+def _check_newest(root: Path, saved: checkpoint.Checkpoint | None) -> None:
+    """Raise ValueError unless `saved` is what there is to go on from still."""
+    from semi_fast import checkpoint
+
+    then = [saved.path] if saved else []
+    if checkpoint.published(root)[:1] != then:
+        now = checkpoint.newest(root, warn=lambda _: None)  # what is damaged has been said
+        if [now.path] * bool(now) != then:
+            raise ValueError(
+                f"resume auto means the newest checkpoint; {root} has another one since it was looked at: start again"
+            )
 
 
 def unmake(run_dir: Path) -> None:

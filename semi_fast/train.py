@@ -90,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
             preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
             with lost_ones_named(), all_or_none():
                 if accelerator.is_main_process:
-                    stack.enter_context(rundir.claimed(run_dir, config.resume))
+                    stack.enter_context(rundir.claimed(run_dir, config.resume, saved))
                 trackers = run_dir / rundir.TRACKERS
                 stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
             stack.enter_context(lost_ones_named())
