@@ -98,17 +98,26 @@ def publish_new(hidden: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        path.open("x").close()  # ours alone from here on
-        hidden.replace(path)
+        try:
+            path.open("x").close()  # ours alone from here on
+        except FileExistsError:
+            if path.is_symlink() or path.stat().st_size:
+                raise  # else a kill left it here
+        try:
+            hidden.replace(path)
+        except BaseException:
+            path.unlink()
+            raise
     fsync_directory(path.parent)
 
 
-def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
+def write_text(path: Path, text: str, *, errors: str = "strict", alone: bool = True) -> None:
     """Replace a file whole: a reader sees the old or the new content, and the new one is on the disk afterwards.
 
-    `errors`: what becomes of characters that are none, see `str.encode`.
+    `errors`: what becomes of characters that are none, see `str.encode`. `alone`: no other process writes this file at
+    the same time, as in a directory with a lock; then what a kill leaves is written over.
     """
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    hidden = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             with open(hidden, "w", encoding="utf-8", errors=errors, newline="", opener=no_link) as file:

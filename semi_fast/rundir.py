@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,9 @@ if TYPE_CHECKING:  # with torch, which takes seconds; whether a directory may be
     from semi_fast import checkpoint
 
 LOCK, STATUS, TRACKERS = "run.lock", "status.json", "trackers"
-"""Of a run directory: what there is before a run begins, so that one with nothing else is as good as empty."""
+BEFORE = re.compile(rf"{re.escape(LOCK)}.*|{re.escape(STATUS)}|{TRACKERS}|\..+\.tmp")
+"""Of a run directory: what there is before a run begins, or a kill leaves of a file that it had begun to write, so that
+one with nothing else is as good as empty."""
 
 OF_THE_ENGINE = {
     "step", "level", "seconds", "cpu_seconds", "training_seconds", "interval_seconds", "interval_steps",
@@ -61,7 +64,7 @@ def check_usable(config: Config) -> None:
 def _check_content(run_dir: Path, resume: str) -> None:
     """Raise ValueError if what is in the directory is not ours to add to."""
     names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    used = any(not name.startswith(LOCK) and name not in (STATUS, TRACKERS) for name in names)
+    used = any(not BEFORE.fullmatch(name) for name in names)
     if used and resume == "none":
         raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")
     if used and resume == "auto" and not any((run_dir / name).exists() for name in ("config.yaml", LOCK)):

@@ -82,8 +82,8 @@ def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
     note = f"The numbers behind {out.name}, {SAYS}.\n"
     for name, content in {NOTE: note, **output.files}.items():
         make_directory((data / name).parent)
-        write_text(data / name, content, errors="replace")  # of paths that are no text
-    write_text(out, text, errors="replace")
+        write_text(data / name, content, errors="replace", alone=False)  # of paths that are no text
+    write_text(out, text, errors="replace", alone=False)
     return out
 
 
