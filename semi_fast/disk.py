@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP
 """What file systems answer that have no hard links, no sync of a directory, and no locks (NFS: of a directory)."""
 HOLDER_BYTES = 500
 """Of a lock, for whose it is."""
+LOOK_SECONDS = 0.05
+"""More than it takes to look whether a lock is free."""
 
 
 @contextmanager
@@ -173,6 +176,9 @@ def held(descriptor: int, path: Path, what: str) -> Iterator[None]:
     stays: nothing says on which machine its process may still be at work, so that only the user can tell.
     """
     locks, marker = _locked(descriptor, path, fcntl.LOCK_EX), _marker(path)
+    if locks is False:
+        time.sleep(LOOK_SECONDS)  # it may be `check_free` of another process, which only looks
+        locks = _locked(descriptor, path, fcntl.LOCK_EX)
     if locks is False or (locks and marker.exists()):
         raise ValueError(_in_use(path, what))
     if locks is None:

@@ -51,9 +51,10 @@ def test_without_hard_links_a_new_name_is_reserved_first(
     with pytest.raises(FileExistsError):
         publish_new(tmp_path / "hidden", tmp_path / "name")
     assert (tmp_path / "name").read_text() == "mine", "never replaced"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refusing(errno.EIO))
-        publish_new(tmp_path / "hidden", tmp_path / "new")
+        with pytest.raises(OSError, match="Input/output error"):
+            publish_new(tmp_path / "hidden", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     (tmp_path / "new").touch()  # as a kill leaves it
     publish_new(tmp_path / "hidden", tmp_path / "new")
@@ -193,6 +194,16 @@ def test_a_run_and_a_preparation_need_no_locks(
     monkeypatch.setattr(fcntl, "flock", refusing(errno.EIO))
     assert guarded(config(digits, tmp_path / "run", "--optim.steps=4", resume="auto")) == 3
     assert lines(capsys)[-1].startswith(f"semi-fast: {tmp_path / 'run' / 'run.lock'}: flock: Input/output error (EIO);")
+
+
+def test_who_only_looks_is_in_nobody_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that is over once the claim has waited."""
+    (tmp_path / "run.lock").touch()
+    looking = os.open(tmp_path / "run.lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr("time.sleep", lambda _: os.close(looking))
+    with claimed(tmp_path / "run.lock", "run_dir x"):
+        pass
 
 
 def test_a_directory_can_be_held_itself(tmp_path: Path) -> None:
