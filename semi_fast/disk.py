@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP
 """What file systems answer that have no hard links, no sync of a directory, and no locks (NFS: of a directory)."""
 HOLDER_BYTES = 500
 """Of a lock, for whose it is."""
+LOOK_SECONDS = 0.05
+"""More than it takes to look whether a lock is free."""
 
 
 @contextmanager
@@ -98,17 +101,26 @@ def publish_new(hidden: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        path.open("x").close()  # ours alone from here on
-        hidden.replace(path)
+        try:
+            path.open("x").close()  # ours alone from here on
+        except FileExistsError:
+            if path.is_symlink() or path.stat().st_size:
+                raise  # else a kill left it here
+        try:
+            hidden.replace(path)
+        except BaseException:
+            path.unlink()
+            raise
     fsync_directory(path.parent)
 
 
-def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
+def write_text(path: Path, text: str, *, errors: str = "strict", alone: bool = True) -> None:
     """Replace a file whole: a reader sees the old or the new content, and the new one is on the disk afterwards.
 
-    `errors`: what becomes of characters that are none, see `str.encode`.
+    `errors`: what becomes of characters that are none, see `str.encode`. `alone`: no other process writes this file at
+    the same time, as in a directory with a lock; then what a kill leaves is written over.
     """
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    hidden = path.with_name(f".{path.name}.tmp" if alone else f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             with open(hidden, "w", encoding="utf-8", errors=errors, newline="", opener=no_link) as file:
@@ -164,6 +176,9 @@ def held(descriptor: int, path: Path, what: str) -> Iterator[None]:
     stays: nothing says on which machine its process may still be at work, so that only the user can tell.
     """
     locks, marker = _locked(descriptor, path, fcntl.LOCK_EX), _marker(path)
+    if locks is False:
+        time.sleep(LOOK_SECONDS)  # it may be `check_free` of another process, which only looks
+        locks = _locked(descriptor, path, fcntl.LOCK_EX)
     if locks is False or (locks and marker.exists()):
         raise ValueError(_in_use(path, what))
     if locks is None:

@@ -34,6 +34,22 @@ def lost_ones_named() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """What one process cannot do, none does: the first one's expected error is raised on all, its own first."""
+    mine: Exception | None = None
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        mine = error
+    errors = [mine] * count()
+    if count() > 1:
+        dist.all_gather_object(errors, mine)
+    for error in (mine, *errors):
+        if error is not None:
+            raise error
+
+
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over processes, in one exchange."""
     if count() == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,9 @@ if TYPE_CHECKING:  # with torch, which takes seconds; whether a directory may be
     from semi_fast import checkpoint
 
 LOCK, STATUS, TRACKERS = "run.lock", "status.json", "trackers"
-"""Of a run directory: what there is before a run begins, so that one with nothing else is as good as empty."""
+BEFORE = re.compile(rf"{re.escape(LOCK)}.*|{re.escape(STATUS)}|{TRACKERS}|\..+\.tmp")
+"""Of a run directory: what there is before a run begins, or a kill leaves of a file that it had begun to write, so that
+one with nothing else is as good as empty."""
 
 OF_THE_ENGINE = {
     "step", "level", "seconds", "cpu_seconds", "training_seconds", "interval_seconds", "interval_steps",
@@ -66,7 +69,7 @@ def check_usable(config: Config) -> None:
 def _check_content(run_dir: Path, resume: str) -> None:
     """Raise ValueError if what is in the directory is not ours to add to."""
     names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    used = any(not name.startswith(LOCK) and name not in (STATUS, TRACKERS) for name in names)
+    used = any(not BEFORE.fullmatch(name) for name in names)
     if used and resume == "none":
         raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")
     if used and resume == "auto" and not any((run_dir / name).exists() for name in ("config.yaml", LOCK)):
@@ -154,14 +157,16 @@ def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
 
 
 @contextmanager
-def claimed(run_dir: Path, resume: str) -> Iterator[None]:
-    """Make the directory ours while the run lasts, and say in its `status.json` how it ended.
+def claimed(run_dir: Path, resume: str, saved: checkpoint.Checkpoint | None) -> Iterator[None]:
+    """Make the directory ours while the run lasts, which goes on from `saved`; `status.json` there says how it ended.
 
     While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory, or
     if one has had it since it was looked at.
     """
     with disk.claimed(run_dir / LOCK, f"run_dir {run_dir}"):
         _check_content(run_dir, resume)
+        if resume == "auto":
+            _check_newest(run_dir / "checkpoints", saved)
         status = run_dir / STATUS
         status.unlink(missing_ok=True)
         try:
@@ -171,6 +176,19 @@ def claimed(run_dir: Path, resume: str) -> Iterator[None]:
                 write_json(status, {"exit_code": exit_code(error), "message": described(error)})
             raise
         write_json(status, {"exit_code": 0, "message": "finished"})
+
+
+def _check_newest(root: Path, saved: checkpoint.Checkpoint | None) -> None:
+    """Raise ValueError unless `saved` is what there is to go on from still."""
+    from semi_fast import checkpoint
+
+    then = [saved.path] if saved else []
+    if checkpoint.published(root)[:1] != then:
+        now = checkpoint.newest(root, warn=lambda _: None)  # what is damaged has been said
+        if [now.path] * bool(now) != then:
+            raise ValueError(
+                f"resume auto means the newest checkpoint; {root} has another one since it was looked at: start again"
+            )
 
 
 def unmake(run_dir: Path) -> None:

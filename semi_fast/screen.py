@@ -6,29 +6,39 @@ import errno
 import io
 import os
 import select
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-NO_READER = {errno.EPIPE, errno.ECONNRESET, errno.EIO}
-"""Of an OSError: whoever read has enough of it, or the terminal is gone."""
+NO_READER = {errno.EPIPE, errno.ECONNRESET}
+"""Of an OSError: whoever read has enough of it."""
 
 
 class Lasting(io.FileIO):
-    """A descriptor that takes whatever is written; from the first failure on it leads nowhere."""
+    """A descriptor that takes whatever is written: without a reader it leads nowhere from then on; what is refused for
+    another reason, which may pass, is lost."""
 
     failure: OSError | None = None
+    """Of what was lost last."""
 
     def write(self, data: Any, /) -> int:
         try:
             while (written := super().write(data)) is None:  # a pipe that is full and does not block
                 select.select([], [self], [])
         except OSError as error:
-            self.failure = error
-            lead_nowhere(self.fileno())
+            if without_reader(error, self.fileno()):
+                lead_nowhere(self.fileno())
+            else:
+                self.failure = error
             return memoryview(data).nbytes
         return written
+
+
+def without_reader(error: OSError, number: int) -> bool:
+    """Whether a write failed as nobody reads any more; EIO is of a terminal that is gone, or else the disk's."""
+    return error.errno in NO_READER or (error.errno == errno.EIO and stat.S_ISCHR(os.fstat(number).st_mode))
 
 
 @contextmanager
@@ -80,5 +90,5 @@ def check_taken() -> None:
     """Raise RuntimeError if standard output was refused by anything but a reader who has enough: a full disk, say."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if isinstance(raw, Lasting) and raw.failure is not None and raw.failure.errno not in NO_READER:
+    if isinstance(raw, Lasting) and raw.failure is not None:
         raise RuntimeError(f"standard output could not be written: {raw.failure.strerror}; what it lacks is lost")

@@ -37,7 +37,7 @@ from semi_fast.ops.door import numbered
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
 from semi_fast.preemption import Preemption, end_with_launcher
-from semi_fast.processes import lost_ones_named
+from semi_fast.processes import all_or_none, lost_ones_named
 from semi_fast.report import check_page, write_report
 from semi_fast.sampling import Batches, first_visit_counts, label_tables
 from semi_fast.schema.config import Config, identity, leaves
@@ -87,10 +87,11 @@ def run(config: Config) -> dict[str, Any]:
             engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
             accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
             preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
-            if accelerator.is_main_process:
-                stack.enter_context(rundir.claimed(run_dir, config.resume))
-            trackers = run_dir / rundir.TRACKERS
-            stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
+            with lost_ones_named(), all_or_none():
+                if accelerator.is_main_process:
+                    stack.enter_context(rundir.claimed(run_dir, config.resume, saved))
+                trackers = run_dir / rundir.TRACKERS
+                stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
             stack.enter_context(lost_ones_named())
             parts = engine, config, manifest, split, accelerator, environment
             return conduct(*parts, preemption, run_dir=run_dir, saved=saved)

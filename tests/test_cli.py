@@ -613,6 +613,9 @@ def test_a_directory_that_was_used_since_it_was_looked_at(
     refused(capsys, train(digits, run_dir, *SHORT), ["run_dir must be new or empty", run_dir])
     ours, theirs = (tree(one) for one in (run_dir, finished))
     assert {path for path in ours if ours[path] != theirs[path]} <= {"run.lock"}
+    shutil.rmtree(run_dir)
+    words = ["resume auto means the newest checkpoint", run_dir, "start again"]
+    refused(capsys, train(digits, run_dir, *SHORT, "--resume=auto"), words)
 
 
 def test_two_runs_that_begin_in_the_same_second_have_directories_of_their_own(

@@ -51,6 +51,14 @@ def test_without_hard_links_a_new_name_is_reserved_first(
     with pytest.raises(FileExistsError):
         publish_new(tmp_path / "hidden", tmp_path / "name")
     assert (tmp_path / "name").read_text() == "mine", "never replaced"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refusing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output error"):
+            publish_new(tmp_path / "hidden", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").touch()  # as a kill leaves it
+    publish_new(tmp_path / "hidden", tmp_path / "new")
+    assert (tmp_path / "new").read_text() == "another"
 
 
 def test_a_split_is_written_without_hard_links(
@@ -188,6 +196,16 @@ def test_a_run_and_a_preparation_need_no_locks(
     assert lines(capsys)[-1].startswith(f"semi-fast: {tmp_path / 'run' / 'run.lock'}: flock: Input/output error (EIO);")
 
 
+def test_who_only_looks_is_in_nobody_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that is over once the claim has waited."""
+    (tmp_path / "run.lock").touch()
+    looking = os.open(tmp_path / "run.lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr("time.sleep", lambda _: os.close(looking))
+    with claimed(tmp_path / "run.lock", "run_dir x"):
+        pass
+
+
 def test_a_directory_can_be_held_itself(tmp_path: Path) -> None:
     one, other = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
     with (
@@ -198,6 +216,19 @@ def test_a_directory_can_be_held_itself(tmp_path: Path) -> None:
         raise AssertionError("two have it")
     os.close(one)
     os.close(other)
+
+
+def test_what_a_kill_leaves_of_a_file_is_written_over_and_no_use(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    left = [run_dir / f".{name}.tmp" for name in ("status.json", "config.yaml")]
+    for path in left:
+        path.write_text("torn")
+    monkeypatch.setattr("semi_fast.train.write_report", lambda run_dirs, page: page)
+    assert guarded(config(digits, run_dir, "--optim.steps=4")) == 0
+    assert not any(path.exists() for path in left)
 
 
 def test_a_fresh_directory_is_fresh(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semi_fast import preemption, processes
+from semi_fast import preemption, processes, train
 from semi_fast.batch import Rows
 from semi_fast.evaluation import EvalSet, Evaluation
 from semi_fast.methods import semi
@@ -310,6 +310,24 @@ def test_a_batch_that_two_processes_do_not_divide(digits: Path, tmp_path: Path) 
     for rank in refused.ranks:
         assert "batch.labeled must be divisible by the number of processes; got 7 and 2" in rank.output
     assert not refused.path.exists()
+
+
+def directory_is_taken_meanwhile() -> None:
+    """As by a run that was faster; it is the first process that finds it."""
+    made = train.build
+
+    def build(*args: Any, run_dir: Path, **parts: Any) -> Any:
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "config.yaml").touch()
+        return made(*args, run_dir=run_dir, **parts)
+
+    train.build = build
+
+
+def test_what_the_first_process_cannot_begin_neither_does(digits: Path, tmp_path: Path) -> None:
+    refused = run(2, digits, tmp_path / "two", change=directory_is_taken_meanwhile, code=2)
+    for rank in refused.ranks:
+        assert rank.output.splitlines()[-1].startswith("semi-fast: run_dir must be new or empty")
 
 
 def second_process_makes_no_features() -> None:

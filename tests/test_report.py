@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -476,6 +477,11 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "c_data" / "terms.csv").write_text("mine")
     (tmp_path / "d_data").symlink_to(tmp_path / "c_data")
     (tmp_path / "e_data").write_text("mine")
+    for name in ("f", "g"):  # copied beside a folder that has nothing to do with it
+        shutil.copy(tmp_path / "a.html", tmp_path / f"{name}.html")
+        (tmp_path / f"{name}_data").mkdir()
+        (tmp_path / f"{name}_data" / "results.csv").write_text("mine")
+    (tmp_path / "g_data" / "README.txt").write_text("My results.")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in (
         ("run/config.yaml", "a report is a page, NAME.html; got .*config.yaml"),
@@ -486,10 +492,20 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
         ("c.html", "keeps its numbers in c_data/; .*c_data is something else; choose another name"),
         ("d.html", "keeps its numbers in d_data/"),
         ("e.html", "keeps its numbers in e_data/"),
+        ("f.html", "keeps its numbers in f_data/"),
+        ("g.html", "keeps its numbers in g_data/"),
     ):
         with pytest.raises(ValueError, match=message):
             write_report([run], tmp_path / name)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_numbers_of_an_older_version_are_known_for_ours(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", classes=2, finished=False)
+    page = write_report([run], run / "report.html")
+    (run / "report_data" / "README.txt").unlink()
+    write_report([run], page)
+    assert (run / "report_data" / "README.txt").exists()
 
 
 def test_importing_the_report_is_light() -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from semi_fast.cli import main
-from semi_fast.screen import lasting_streams
+from semi_fast.screen import check_taken, lasting_streams, without_reader
 
+from .reliability.test_checkpoint_faults import largest_file
 from .synthetic_data import write_prepared
 from .tiny import ARGUMENTS
 
@@ -117,6 +118,29 @@ def test_a_reader_who_has_enough_is_no_error(
     printing(unread)
     assert main(["inspect", str(digits)]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_goes_on_once_there_is_room(tmp_path: Path, printing: Printing) -> None:
+    """What is refused meanwhile is lost; the system writes what fits."""
+    printing(tmp_path / "log")
+    with lasting_streams():
+        print("before", flush=True)
+        with largest_file(10):
+            print("meanwhile", flush=True)
+        print("after", flush=True)
+        with pytest.raises(RuntimeError, match="standard output could not be written: File too large"):
+            check_taken()
+    assert (tmp_path / "log").read_text() == "before\nmeaafter\n"
+
+
+def test_an_error_of_a_disk_is_none_of_a_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        os.write(theirs, b"x")
+    with (tmp_path / "log").open("w") as file:
+        assert [without_reader(caught.value, number) for number in (theirs, file.fileno())] == [True, False]
+    os.close(theirs)
 
 
 def test_a_pipe_that_does_not_block_gets_everything(printing: Printing) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 MARK = b"semi_fast report</title>"
 MARK_BYTES = 2**16
 """Of a page, for its mark."""
-NOTE = "README.txt"
+NOTE, SAYS = "README.txt", "which semi_fast writes together with the page"
 """In a folder of data, so that it is known for ours."""
 
 
@@ -28,12 +28,15 @@ def check_page(page: Path) -> None:
         with page.open("rb") as file:
             if MARK not in file.read(MARK_BYTES):
                 raise ValueError(f"a report replaces nothing but a report; {page} is none; choose another name")
-    if data.is_symlink() or (data.exists() and not (data.is_dir() and (page.exists() or _is_ours(data)))):
+    if data.is_symlink() or (data.exists() and not (data.is_dir() and _is_ours(data, page))):
         raise ValueError(f"a report keeps its numbers in {data.name}/; {data} is something else; choose another name")
 
 
-def _is_ours(data: Path) -> bool:
-    return (data / NOTE).is_file() or not any(data.iterdir())
+def _is_ours(data: Path, page: Path) -> bool:
+    note = data / NOTE
+    if not note.is_file():  # as in those of older versions, which belong to the page of a run
+        return not any(data.iterdir()) or (page.name == "report.html" and page.exists())
+    return SAYS in note.read_text(encoding="utf-8", errors="replace")
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:

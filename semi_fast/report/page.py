@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from semi_fast.disk import make_directory, write_text
-from semi_fast.report import NOTE, check_page, compare, data_folder, figures
+from semi_fast.report import NOTE, SAYS, check_page, compare, data_folder, figures
 from semi_fast.report.compare import MISSING, Table, show
 from semi_fast.report.run import Run, number, read_run
 from semi_fast.report.style import inline_svg
@@ -79,11 +79,11 @@ def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
     title = f"{len(runs)} runs compared" if several else names[0]
     page = environment.get_template("page.html")
     text = page.render(title=title, compared=compared, runs=sections, data=data.name, files=len(output.files))
-    note = f"The numbers behind {out.name}, which semi_fast writes together with the page.\n"
+    note = f"The numbers behind {out.name}, {SAYS}.\n"
     for name, content in {NOTE: note, **output.files}.items():
         make_directory((data / name).parent)
-        write_text(data / name, content, errors="replace")  # of paths that are no text
-    write_text(out, text, errors="replace")
+        write_text(data / name, content, errors="replace", alone=False)  # of paths that are no text
+    write_text(out, text, errors="replace", alone=False)
     return out
 
 

@@ -190,7 +190,7 @@ def test_deep_json_is_refused(tmp_path: Path, opening: str) -> None:
     "name",
     [
         "config.yaml",
-        ".config.yaml.PID.tmp",
+        ".config.yaml.tmp",
         "env.json",
         "metrics.jsonl",
         "run.lock",
@@ -200,7 +200,7 @@ def test_deep_json_is_refused(tmp_path: Path, opening: str) -> None:
 )
 def test_a_run_writes_through_no_link(digits: Path, tmp_path: Path, name: str) -> None:
     """S5: whoever may write into the directory must not choose which file of ours a run overwrites."""
-    run_dir, target, name = tmp_path / "run", tmp_path / "target", name.replace("PID", str(os.getpid()))
+    run_dir, target = tmp_path / "run", tmp_path / "target"
     flags = ("--optim.steps=4", "--checkpoint.every=2", "--checkpoint.keep=9")
     run(config(digits, run_dir, *flags))
     target.write_text("mine")

@@ -168,7 +168,7 @@ def test_the_lock_is_named_too(tmp_path: Path) -> None:
 
     def child() -> None:
         try:
-            with largest_file(0), claimed(tmp_path / "run", "none"):
+            with largest_file(0), claimed(tmp_path / "run", "none", None):
                 raise AssertionError("nothing may be done without it")
         except RuntimeError as error:
             print(error)
