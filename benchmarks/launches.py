@@ -5,9 +5,9 @@
 The engine of a run is built on the CPU. What its parts are compiled to is Inductor's code for a pretended H200, made
 and never run: its calls are counted, a convolution's backward as the one or two gradients that it is asked for. What is
 dispatched beside the compiled parts counts one launch an operation, as the multi-tensor operations of torch take one
-for as many tensors as a network has here; a kernel of this project counts what `LAUNCHES_OF` says. What a library
-launches behind one call (split convolutions, changes of layout) does not show. `evaluation` is one forward of it, and
-no part of `step`.
+with CUDA 13 for as many tensors as a network has here; a kernel of this project counts what `LAUNCHES_OF` says. What a
+library launches behind one call (split convolutions, changes of layout) does not show. `evaluation` is one forward of
+it, and no part of `step`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ H200 = SimpleNamespace(
 """Of the device that Inductor is told of."""
 ALONE = {"compile_threads": 1, "force_disable_caches": True}
 """Inductor's options that let no other process compile, and no run meet, what cannot run."""
-LAUNCHES_OF = {"semi_fast.rand_augment": 2, "semi_fast.pseudo_label": 2, "aten._foreach_norm": 2}
-"""Of operations that launch more than one kernel: a pass for each of two; the counts' zeros; the sums of the parts."""
+LAUNCHES_OF = {"semi_fast.rand_augment": 2, "semi_fast.pseudo_label": 2, "aten._foreach_norm": 2, "aten.index_put_": 11}
+"""Of operations that launch more than one kernel: a pass for each of two; the counts' zeros; the sums of the parts; a
+sort and what it needs, about as many."""
 KINDS = {"sample": "sampling", "forward_and_loss": "forward", "account": "bookkeeping", "add_stacked": "interval"}
 """By the name of a compiled function."""
 STEP = ("sampling", "views", "forward", "backward", "watch", "optimizer", "average", "bookkeeping", "interval", "other")
@@ -69,7 +70,7 @@ METHODS = {
     "fixmatch": ["--method.name=fixmatch"],
     "semi": ["--method.name=semi"],
 }
-CALL = re.compile(r"^\s+(?:\w+ = )?((?:extern_kernels|torch\.ops|triton_|combo_)[\w.]+)\((.*)$", re.MULTILINE)
+CALL = re.compile(r"^\s+(?:\w+ = )?((?:extern_kernels|torch\.ops|aten|triton_|combo_)[\w.]+)\((.*)$", re.MULTILINE)
 GRADIENTS = re.compile(r"\[(True|False), (True|False), (True|False)\]")
 Counts = Counter[str]
 

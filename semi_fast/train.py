@@ -166,7 +166,7 @@ def build(
             Evaluation(
                 eval_set,
                 predict,
-                names={*method.needs.heads, method.predicts},
+                names=dict.fromkeys((*method.needs.heads, method.predicts)),  # in the same order on all processes
                 classes=manifest.num_classes,
                 batch=config.eval.batch,
                 rank=batches.rank,

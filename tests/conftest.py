@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when a kernel is defined
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Without a GPU kernels run in Triton's interpreter; with one nothing that is imported later may ask for it.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # read when a kernel is defined
 PATIENCE = 240
 """Seconds within which what must come has come on the busiest machine: a guard against hanging, no measurement."""
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
