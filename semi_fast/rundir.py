@@ -180,7 +180,7 @@ def _check_newest(root: Path, saved: checkpoint.Checkpoint | None) -> None:
     then = [saved.path] if saved else []
     if checkpoint.published(root)[:1] != then:
         now = checkpoint.newest(root, warn=lambda _: None)  # what is damaged has been said
-        if [now.path] * bool(now) != then:
+        if ([now.path] if now else []) != then:
             raise ValueError(
                 f"resume auto means the newest checkpoint; {root} has another one since it was looked at: start again"
             )
