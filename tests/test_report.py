@@ -470,7 +470,9 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "b_data" / "comparison.csv").is_file()
 
     (tmp_path / "b.html").unlink()
+    (tmp_path / "b_data" / "mine.txt").touch()
     write_report([run], tmp_path / "b.html")  # its folder is still known for ours
+    assert {path.name for path in (tmp_path / "b_data").iterdir()} == {"README.txt", "results.csv", "mine.txt"}
     for name in ("thesis.html", "empty.html"):
         (tmp_path / name).write_text("<h1>Mine</h1>" if name == "thesis.html" else "")
     (tmp_path / "c_data").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,11 +81,23 @@ def write_page(run_dirs: Sequence[Path], out: Path) -> Path:
     page = environment.get_template("page.html")
     text = page.render(title=title, compared=compared, runs=sections, data=data.name, files=len(output.files))
     note = f"The numbers behind {out.name}, {SAYS}.\n"
-    for name, content in {NOTE: note, **output.files}.items():
+    files = {NOTE: note, **output.files}
+    for name, content in files.items():
         make_directory((data / name).parent)
         write_text(data / name, content, errors="replace", alone=False)  # of paths that are no text
     write_text(out, text, errors="replace", alone=False)
+    _clear(data, {data / name for name in files})
     return out
+
+
+def _clear(data: Path, kept: set[Path]) -> None:
+    """Delete the numbers of an earlier page, and the folders that are empty then."""
+    for folder, _, names in os.walk(data, topdown=False):
+        for path in (Path(folder, name) for name in names):
+            if path.suffix == ".csv" and path not in kept:
+                path.unlink()
+        if not any(Path(folder).iterdir()):
+            Path(folder).rmdir()
 
 
 def _slug(name: str) -> str:
