@@ -56,7 +56,7 @@ def pseudo_label(
     head; hardness_scale: float scalar tensor, 0 while the weighting is off (weight 1). `semi_fast.schema.semi` explains
     the options. The mixed rows are normalised again (`renormalize`) except where nothing is mixed: there they stay as
     they are, bit for bit. Equal probabilities: the lower class. Raises ValueError for a wrong shape, type, device or
-    option. Source: SeMi eq. 3, 8, 11 and spec 7.2.
+    option. Source: SeMi eq. 3, 8, 11.
     """
     device, floats = logits.device, FLOATS
     expect("logits", logits, (None, None), floats, device)
