@@ -110,12 +110,12 @@ def evaluation_row(course: Course, device: torch.device) -> Row:
     """What is known after an evaluation."""
     row: Row = {"kind": "evaluation", "trainer": course.name, "seed": course.seed, "step": course.steps}
     row |= {name: f"{value:.2f}" for name, value in course.scores[-1].items()}
-    row |= parts(course, device)
+    row |= in_cells(parts(course, device))
     return row | {"seconds": ops.digits(course.at[-1].of(device)), "wall_seconds": ops.digits(course.at[-1].wall)}
 
 
-def parts(course: Course, device: torch.device) -> Row:
-    """Where the seconds went."""
+def parts(course: Course, device: torch.device) -> dict[str, float]:
+    """Where the seconds went, as far as the trainer tells."""
     everything, evaluations = course.at[-1].of(device), sum(one.of(device) for one in course.evaluations)
     loading = course.loading_seconds()
     values = {
@@ -125,7 +125,11 @@ def parts(course: Course, device: torch.device) -> Row:
         "evaluation_seconds": evaluations,
         "loading_seconds": loading,
     }
-    return {name: "" if value is None else f"{value:.3f}" for name, value in values.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def in_cells(values: Mapping[str, float]) -> Row:
+    return {name: f"{values[name]:.3f}" if name in values else "" for name in PARTS}
 
 
 def summary_row(name: str, ends: Sequence[Mapping[str, Course]], thresholds: Sequence[float], setting: Setting) -> Row:
@@ -138,9 +142,8 @@ def summary_row(name: str, ends: Sequence[Mapping[str, Course]], thresholds: Seq
         row[f"{score}_last20"] = f"{mean(last):.2f}"
         row[f"{score}_spread"] = f"{pstdev(last):.2f}"
     del row["top1_spread"]
-    for part in PARTS:
-        values = [parts(course, device)[part] for course in mine]
-        row[part] = f"{mean(map(float, values)):.3f}" if values[0] else ""
+    taken = [parts(course, device) for course in mine]
+    row |= in_cells({part: mean(values[part] for values in taken) for part in taken[0]})
     row["seconds"] = ops.digits(mean(course.at[-1].of(device) for course in mine))
     row["wall_seconds"] = ops.digits(mean(course.at[-1].wall for course in mine))
     row |= {threshold_column(t): reached(mine, t, device) for t in thresholds}

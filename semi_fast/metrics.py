@@ -12,10 +12,14 @@ from semi_fast import processes
 
 
 def add_pairs(counts: Tensor, truth: Tensor, predicted: Tensor, counted: Tensor) -> None:
-    """counts[truth, predicted] += 1 for rows where `counted` (bool [n]); counts int64 [C, C], in place."""
+    """counts[truth, predicted] += 1 for rows where `counted` (bool [n]); counts int64 [C, C], in place.
+
+    Compiled, adding int64 by index would sort; int32 is added atomically.
+    """
     classes = counts.shape[1]
     cell = torch.where(counted, truth * classes + predicted, 0)
-    counts.view(-1).index_add_(0, cell, counted.to(counts.dtype))
+    added = torch.zeros(counts.numel(), dtype=torch.int32, device=counts.device)
+    counts += added.index_add_(0, cell, counted.to(torch.int32)).view_as(counts)
 
 
 class Interval:

@@ -34,7 +34,7 @@ def make(tmp_path: Path) -> Make:
 
     def call(*words: str) -> CompletedProcess[str]:
         places = [f"OUT={tmp_path / 'out'}", f"WORK={tmp_path / 'work'}"]
-        return subprocess.run(["make", *words, *places], cwd=ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run(["make", "--no-print-directory", *words, *places], cwd=ROOT, capture_output=True, text=True, check=False)
 
     return call
 
