@@ -38,8 +38,8 @@ check: $(VENV)/.dev-installed  ## style and types
 	$(BIN)/pyright
 
 # All that needs a GPU, where one is lent: plain steps, the weightiest first and each with its seconds. OUT/<step>.log is
-# what a step said, OUT/*.csv its rows as soon as they were known, OUT/steps.log how all ended. A step that fails ends no
-# other one, but make with an error; without what the first one looks for nothing begins. Nothing is fetched, and $(VENV)
+# what a step said, OUT/*.csv its rows as soon as they were known. A step that fails ends no other one, but make with an
+# error; without what the first one looks for nothing begins. Nothing is fetched, and $(VENV)
 # is not touched: PYTHON is the machine's own, with .whl of `make wheels` on top. COMMIT=... names the commit of a copy
 # without its history, SMALL=1 tries everything out on a CPU, LIMIT=0 takes the seconds away.
 OUT ?= runs/gpu
@@ -64,7 +64,7 @@ WRN := --rungs $(FASTEST),eager-bf16,graph-bf16,compile-bf16,eager-fp32
 RESNET := --model resnet50_cifar --repeats 5 --rungs graph-bf16,eager-bf16
 OURS := --model.name=wrn_28_2 --batch.labeled=64 --precision=bf16 --repeats 9 --steps 50
 DIGITS := --device cuda --precision=bf16 --seeds 0,1,2
-KERNELS := -n 8 tests/kernels
+KERNELS := -n 12 tests/kernels
 CAPTURE := -n 4 tests/test_levels.py
 BESIDE := 1 2 3
 endif
@@ -75,18 +75,22 @@ PACKING = for n in $(BESIDE); do seq $$n | xargs -P $$n -I@ $(GPU) benchmarks.st
 	--cut none --beside $$((n - 1)) --out $(WORK)/packing_$${n}_@.csv || exit; done; \
 	awk "FNR > 1 || NR == 1" $(WORK)/packing_*.csv >$(OUT)/packing.csv
 
-# $(call step,NAME,SECONDS,COMMAND): interrupted when they are over, so that it still says what it has found
+# $(call step,NAME,SECONDS,COMMAND): interrupted when its seconds, and what earlier steps left of theirs, are over, so that
+# it still says what it has found
 define step
-	@began=$$(date +%s); timeout --signal=INT --kill-after=5 $(or $(LIMIT),$(2)) sh -c '$(3)' >$(OUT)/$(1).log 2>&1; \
-	echo "$(1): exit $$? after $$(($$(date +%s) - began)) of $(2) s" | tee -a $(OUT)/steps.log
+	@began=$$(date +%s); limit=$$(($(2) + $$(cat $(WORK)/left))); \
+	timeout --signal=INT --kill-after=5 $(or $(LIMIT),$$limit) sh -c '$(3)' >$(OUT)/$(1).log 2>&1; code=$$?; \
+	took=$$(($$(date +%s) - began)); echo $$((limit > took ? limit - took : 0)) >$(WORK)/left; \
+	echo "$(1): exit $$code after $$took of $$limit s" | tee -a $(WORK)/ends
 endef
 define begin
 	@rm -rf $(WORK) && mkdir -p $(WORK) $(OUT)
-	@timeout $(or $(LIMIT),45) sh -c 'set -e; for wheel in .whl/*.whl; do ! test -e $$wheel || $(INSTALL) $$wheel; done; \
-	$(GPU) benchmarks.machine $(DEVICE)' >$(OUT)/steps.log 2>&1; code=$$?; cat $(OUT)/steps.log; exit $$code
+	@timeout $(or $(LIMIT),40) sh -c 'set -e; for wheel in .whl/*.whl; do ! test -e $$wheel || $(INSTALL) $$wheel; done; \
+	$(GPU) benchmarks.machine $(DEVICE)' 2>&1
+	@echo 0 >$(WORK)/left
 endef
 define end
-	@! grep "exit [1-9]" $(OUT)/steps.log
+	@! grep "exit [1-9]" $(WORK)/ends
 endef
 
 wheels:  ## what a lent machine lacks, into the ignored folder .whl
@@ -95,8 +99,8 @@ wheels:  ## what a lent machine lacks, into the ignored folder .whl
 gpu:  ## what a GPU must show, in at most 8 minutes
 	$(begin)
 	$(call step,kernels,75,$(PYTEST) $(KERNELS))
-	$(call step,capture,45,$(PYTEST) $(CAPTURE))
-	$(call step,step,210,$(GPU) benchmarks.step --out $(OUT)/step.csv $(WRN))
+	$(call step,capture,60,$(PYTEST) $(CAPTURE))
+	$(call step,step,205,$(GPU) benchmarks.step --out $(OUT)/step.csv $(WRN))
 	$(call step,reference,60,$(GPU) benchmarks.reference --out $(OUT)/reference.csv $(OURS))
 	$(call step,resume,40,$(PYTEST) $(RESUME))
 	$(end)

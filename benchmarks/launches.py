@@ -244,6 +244,7 @@ def main() -> None:
     arguments = parser.parse_args()
     provenance = measure.provenance(CPU, measure.command("benchmarks.launches", sys.argv[1:]))
     origin = {key: provenance[key] for key in ("date", "commit", "torch", "triton", "command")}
+    origin["cuda"] = torch.version.cuda
     rows = []
     cases = [(name, model, {}) for name, model in (*((m, "wrn_28_2") for m in METHODS), ("semi", "wrn_10_2"))]
     for name, model, options in [*cases, ("semi", "wrn_28_2", {"combo_kernels": False})]:

@@ -160,27 +160,28 @@ KINDS: dict[str, Callable[[Cell, Rung], Found]] = {
     "evaluation": Cell.evaluation,
     "launches": Cell.launches,
 }
-"""Of rows, in their order."""
+"""Of rows."""
 
 
 def measure_cell(shape: Shape, rungs: Sequence[Rung], manifest: Manifest, plan: Plan, write: Write) -> None:
     """Rungs one after the other; `write` is given every row as soon as it is known.
 
-    Those that are cut come first, with all that there is to know of them; every other one is a step and its launches.
-    One that fails, or cannot be carried out, is a row that says why and ends nothing else.
+    Those that are cut come first, with their parts and evaluations; what is profiled comes after all that is timed. One
+    that fails, or cannot be carried out, is a row that says why and ends nothing else.
     """
     step_cases.release(plan.device)
     cut = [rung for rung in rungs if rung.name in plan.cut]
     with ExitStack() as stack:
         cell = Cell(shape, manifest, plan, stack)
-        for group, kinds in ((cut, KINDS), ([rung for rung in rungs if rung not in cut], ("step", "launches"))):
-            for kind in kinds:
-                for rung in group:
-                    hidden = kind == "launches" and rung.compiled and plan.device.type == "cpu"
-                    if kind == "step":
-                        write(row_of(kind, rung, cell, rung.obstacle(plan.device)))
-                    elif rung in cell.runners and not hidden:
-                        write(row_of(kind, rung, cell))
+        rest = [rung for rung in rungs if rung not in cut]
+        turns = [(kind, cut) for kind in KINDS if kind != "launches"] + [("step", rest), ("launches", [*cut, *rest])]
+        for kind, group in turns:
+            for rung in group:
+                hidden = kind == "launches" and rung.compiled and plan.device.type == "cpu"
+                if kind == "step":
+                    write(row_of(kind, rung, cell, rung.obstacle(plan.device)))
+                elif rung in cell.runners and not hidden:
+                    write(row_of(kind, rung, cell))
 
 
 def row_of(kind: str, rung: Rung, cell: Cell, obstacle: str = "") -> dict[str, Any]:

@@ -28,8 +28,11 @@ hypothesis.settings.load_profile("no clock")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark with `gpu` what runs on a GPU: the kernels, but not what compiles them for others, and users of `device`."""
+    """Mark with `gpu` what runs on a GPU: the kernels, but not what compiles them for others, and users of `device`;
+    leave out there what needs the interpreter."""
     for item in items:
+        if DEVICE.type == "cuda" and item.get_closest_marker("interpreted"):
+            item.add_marker(pytest.mark.skip(reason="with a GPU, Triton's interpreter is off"))
         kernel = "kernels" in item.path.parts and "spill" not in item.name
         if kernel or "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)

@@ -6,12 +6,11 @@ a GPU would choose by timing, are small ones here.
 
 from __future__ import annotations
 
-import importlib.util
+import itertools
+import linecache
 import re
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,6 +24,7 @@ from triton import language as tl
 
 from benchmarks.launches import ALONE, on_cuda, pretended
 
+NUMBERS = itertools.count()
 HINT_OF = {"XBLOCK": "x", "YBLOCK": "y", "R0_BLOCK": "r0_", "R1_BLOCK": "r1_"}
 MOST = {"XBLOCK": 1024, "YBLOCK": 64, "R0_BLOCK": 8, "R1_BLOCK": 8}
 """Entries of a block; the interpreter takes one after the other what a kernel combines at the end of a reduction."""
@@ -84,17 +84,14 @@ def poisoned(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtyp
 
 
 def loaded(code: str) -> ModuleType:
-    """Generated code as a module; Triton reads the source of a kernel from its file."""
+    """Generated code as a module; Triton reads the source of its kernels."""
     for pattern, replacement in REPLACED:
         code = re.sub(pattern, replacement, code, flags=re.MULTILINE)
-    folder = Path(tempfile.mkdtemp(prefix="generated_"))
-    path = folder / "code.py"
-    path.write_text(code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(folder.name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    name = f"<generated {next(NUMBERS)}>"
+    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+    module = ModuleType(name)
+    module.__file__ = name
+    exec(compile(code, name, "exec"), module.__dict__)
     return module
 
 

@@ -34,7 +34,9 @@ def make(tmp_path: Path) -> Make:
 
     def call(*words: str) -> CompletedProcess[str]:
         places = [f"OUT={tmp_path / 'out'}", f"WORK={tmp_path / 'work'}"]
-        return subprocess.run(["make", "--no-print-directory", *words, *places], cwd=ROOT, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            ["make", "--no-print-directory", *words, *places], cwd=ROOT, capture_output=True, text=True, check=False
+        )
 
     return call
 
@@ -56,6 +58,11 @@ def ends(done: CompletedProcess[str]) -> dict[str, str]:
     return dict(re.findall(r"^(\w+): exit (\d+) after", done.stdout, re.M))
 
 
+def seconds_of(shown: str) -> list[int]:
+    """Of what make would run: the machine's, and each step's own."""
+    return [int(n) for n in re.findall(r"(?:timeout|limit=\$\(\()\s?(\d+)", shown)]
+
+
 @pytest.mark.parametrize("target", WEIGHTIEST_FIRST)
 def test_steps_come_in_their_order(noted: Callable, target: str) -> None:
     done, calls = noted(target)
@@ -70,7 +77,14 @@ def test_a_step_that_fails_ends_make_but_no_other_step(noted: Callable, tmp_path
     assert done.returncode != 0
     assert ends(done) == dict.fromkeys(WEIGHTIEST_FIRST["gpu"], "0") | {"step": "3"}
     assert (tmp_path / "out" / "step.log").read_text() == "so it fails\n"
-    assert "step: exit 3" in (tmp_path / "out" / "steps.log").read_text()
+    assert "step: exit 3" in done.stdout
+
+
+def test_a_step_may_take_what_earlier_ones_left(noted: Callable, make: Make) -> None:
+    _, *own = seconds_of(make("-n", "gpu").stdout)
+    given = [int(limit) for limit in re.findall(r"after \d+ of (\d+) s$", noted("gpu")[0].stdout, re.M)]
+    assert given[0] == own[0]
+    assert all(own[i] < given[i] <= sum(own[: i + 1]) for i in range(1, len(own)))
 
 
 def test_nothing_begins_on_a_machine_that_lacks_something(noted: Callable) -> None:
@@ -82,7 +96,7 @@ def test_nothing_begins_on_a_machine_that_lacks_something(noted: Callable) -> No
 
 def test_eight_minutes_are_enough(make: Make) -> None:
     shown = make("-n", "gpu").stdout
-    seconds = [int(n) for n in re.findall(r"timeout (?:--\S+ )*(\d+) sh", shown)]
+    seconds = seconds_of(shown)
     assert len(seconds) == 1 + len(WEIGHTIEST_FIRST["gpu"])
     assert sum(seconds) <= 480
     assert ".venv" not in shown
@@ -101,8 +115,8 @@ def test_it_runs_through_at_toy_size(make: Make, target: str, tmp_path: Path) ->
     logs = "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in sorted(out.glob("*.log")))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
     assert list(ends(done)) == WEIGHTIEST_FIRST[target]
+    assert len(list(out.iterdir())) <= 8, "a lent machine gives no more files back"
     if target == "gpu":
-        assert len(list(out.iterdir())) <= 8, "a lent machine gives no more files back"
         assert {row["status"] for row in rows_of(out / "step.csv")} == {"measured", "a cpu has no CUDA graphs"}
         assert {row["trainer"] for row in rows_of(out / "reference.csv")} == {"ours", "reference"}
         assert "1 passed" in (out / "capture.log").read_text()

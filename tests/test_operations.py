@@ -24,6 +24,7 @@ def recorded() -> dict[str, dict[str, str]]:
         return {row["loop"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_dispatches_more_than_is_recorded(method: str) -> None:
     """More is a decision: then `python -m benchmarks.operations` writes the file again."""
