@@ -16,7 +16,7 @@ def demo(out: Path | None = None) -> Path:
     Raises ValueError if `out` exists and is not empty; by default it is a fresh directory under runs/.
     """
     from semi_fast.data_prep.prepare import prepare_digits
-    from semi_fast.disk import fresh_directory
+    from semi_fast.disk import check_directory, fresh_directory
     from semi_fast.report import write_report
     from semi_fast.report.compare import comparison
     from semi_fast.report.run import read_run
@@ -24,6 +24,7 @@ def demo(out: Path | None = None) -> Path:
     from semi_fast.train import run
 
     out = fresh_directory(Path("runs") / f"demo_{time.strftime('%Y%m%d-%H%M%S')}") if out is None else out
+    check_directory(out, "--out")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out must be new or empty; {out} is not: choose another directory")
     prepare_digits(out / "data")

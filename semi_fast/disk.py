@@ -78,6 +78,15 @@ def make_directory(path: Path) -> None:
         fsync_directory(path.parent)
 
 
+def check_directory(path: Path, what: str) -> None:
+    """Raise ValueError, which begins with `what`, if `path` or something above it is a file."""
+    whole = path.absolute()
+    for one in (whole, *whole.parents):
+        if one.exists() and not one.is_dir():
+            rule = "be" if one == whole else "lie in"
+            raise ValueError(f"{what} must {rule} a directory; {one} is a file: choose another")
+
+
 def fresh_directory(path: Path) -> Path:
     """Make a directory that nobody else has: `path`, or the first of `path_2`, `path_3`, ... that is not there."""
     make_directory(path.parent)

@@ -54,11 +54,8 @@ def check_usable(config: Config) -> None:
     check(config)
     check_environment()
     run_dir = run_dir_of(config) or Path("runs")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir must be a directory; {run_dir} is a file: choose another")
+    disk.check_directory(run_dir, "run_dir")
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"run_dir must lie in a directory; {there} is a file: choose another")
     if not os.access(there, os.W_OK | os.X_OK):
         raise RuntimeError(f"run_dir {run_dir} cannot be written: {there} is read-only here; choose another")
     if run_dir_of(config) is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semi_fast.disk import claimed
+from semi_fast.disk import check_directory, claimed
 from semi_fast.launch import check_environment
 from semi_fast.preemption import LAUNCHED
 from semi_fast.report import check_page, write_report
@@ -67,6 +67,7 @@ def sweep(
         check(cell.config)
     if per_device < 1:
         raise ValueError(f"--per-device must be at least 1; got {per_device}")
+    check_directory(out, "--out")
     check_page(out / PAGE)
     with claimed(out / "sweep.lock", f"--out {out}"):
         return carried_through(cells, out, per_device=per_device)

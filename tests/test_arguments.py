@@ -21,6 +21,7 @@ from semi_fast.schema.arguments import is_number, parse_config, read_arguments
 from semi_fast.schema.config import Config, check, leaves, plain
 from semi_fast.schema.effects import EFFECTS, without_effect
 from semi_fast.schema.yaml_file import config_keys, dump
+from semi_fast.train import main as train_main
 
 from .test_cli import refused, saved, tree
 from .tiny import ARGUMENTS, FILE
@@ -191,6 +192,26 @@ def test_a_run_that_cannot_go_on_is_one_line(
     refused(capsys, ["train", "--resume", run_dir], ["has no manifest.json", f"(in {tmp_path}; "])
     del before["config.yaml"]
     assert {name: entry for name, entry in tree(run_dir).items() if name != "config.yaml"} == before
+
+
+def test_a_name_that_no_disk_takes_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `accelerate launch -m semi_fast.train` has it."""
+    assert train_main([f"--resume={'x' * 300}"]) == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("below", ["", "/x"])
+@pytest.mark.parametrize(
+    "words",
+    ["demo --out", f"sweep {FILE} --data.path=x --out", f"train {ARGUMENTS[0]} --data.path=x --run_dir"],
+    ids=["demo", "sweep", "train"],
+)
+def test_a_file_is_no_place_to_write_to(
+    words: str, below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    rule = f"must {'lie in' if below else 'be'} a directory; {tmp_path}/file is a file"
+    refused(capsys, f"{words}={tmp_path}/file{below}".split(), [rule])
 
 
 def test_a_mistyped_run_directory_is_told(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from semi_fast.cli import main
-from semi_fast.launch import ALLOWED, OF_A_PROCESS, check_environment
+from semi_fast.launch import ALLOWED, NUMBERS, OF_A_PROCESS, check_environment
 
 from .tiny import ARGUMENTS
 
@@ -39,7 +40,7 @@ REFUSED = {
 
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*OF_A_PROCESS, *ALLOWED):
+    for name in (*OF_A_PROCESS, *NUMBERS, *ALLOWED):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -53,6 +54,7 @@ def test_a_leftover_is_named(
     left: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(monkeypatch, left)
+    monkeypatch.setitem(sys.modules, "semi_fast.train", None)  # which takes seconds to load
     assert main(["train", *ARGUMENTS, f"--data.path={digits}", f"--run_dir={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr()
     assert said.out == ""

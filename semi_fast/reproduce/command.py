@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semi_fast.data_prep.long_tail import split_for
-from semi_fast.disk import claimed, write_json
+from semi_fast.disk import check_directory, claimed, write_json
 from semi_fast.launch import check_environment
 from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
 from semi_fast.report.compare import Table
@@ -59,6 +59,7 @@ def reproduce(
     configs = {seed: replace(config, seed=seed, run_dir=str(root / f"seed_{seed}"), resume="auto") for seed in seeds}
     for one in configs.values():
         check(one)
+    check_directory(root, "--out")
     with claimed(root / "reproduce.lock", f"--out {root}"):
         return beside_paper(cell, published, config, configs, split_sha256, root, short=short)
 
