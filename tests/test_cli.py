@@ -90,6 +90,11 @@ BAD_FLAGS = {
     "option of another method": ("--method.fixmatch.threshold=0.9", "effect with method.name=fixmatch", "leave --me"),
     "option of no plug-in": ("--method.la.strength=2", "has an effect with method.plugins=[la]"),
     "option that is off": ("--method.semi.mixing=0 --method.semi.prototype_mean=filled", "method.semi.mixing above 0"),
+    "ramp of nothing": ("--ema.decay=0 --ema.ramp=true", "ema.ramp has an effect with ema.decay above 0 alone"),
+    "warm-up of nothing": (
+        "--method.name=semi --method.semi.warmup_epochs=0 --method.semi.warmup_balanced=false",
+        "method.semi.warmup_balanced has an effect with method.semi.warmup_epochs above 0 alone",
+    ),
     "option of a level": ("--engine.autotune=true --engine.level=eager", "engine.autotune has an effect with engine."),
     "seed of no shuffle": ("--split.seed=1", "split.seed shuffles where the rule does", "got 1 with split.rule=semi"),
     "ratio of equal counts": ("--split.unlabeled_shape=uniform", "uniform gives every class as many", "5.0: leave"),

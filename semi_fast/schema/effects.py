@@ -20,6 +20,7 @@ EFFECTS: tuple[tuple[str, Condition, str], ...] = (
     ("batch.unlabeled_ratio", lambda c: c.method.name != "supervised", "a method with unlabeled images"),
     ("augment.cutout augment.operations", lambda c: c.method.name != "supervised", "a method with strong views"),
     ("augment.labeled_padding", lambda c: c.augment.pad != 0, "augment.pad above 0"),
+    ("ema.ramp", lambda c: c.ema.decay > 0, "ema.decay above 0"),
     ("model.wrn_quirk", lambda c: c.model.name.startswith("wrn_"), "a model.name that begins with wrn_"),
     ("engine.autotune", lambda c: not c.engine.autotune or c.engine.level != "eager", "engine.level compile or graph"),
     (
@@ -63,6 +64,11 @@ EFFECTS: tuple[tuple[str, Condition, str], ...] = (
         "method.semi.balanced_mask method.semi.double_adjustment method.semi.warmup_balanced",
         lambda c: c.method.semi.balanced_head,
         "method.semi.balanced_head=true",
+    ),
+    (
+        "method.semi.warmup_balanced",
+        lambda c: c.method.semi.warmup_epochs > 0,
+        "method.semi.warmup_epochs above 0",
     ),
     (
         "method.semi.prior_momentum",
