@@ -113,7 +113,9 @@ def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Se
     for file, stem, unused in zip(files, stems, idle, strict=True):
         used = [flag for flag in flags if key_of(flag) not in unused]
         for seed in seeds:
-            own = (f"--seed={seed}", f"--run_dir={out / stem / f'seed_{seed}'}", "--resume=auto")
+            run_dir = out / stem / f"seed_{seed}"
+            resume = "auto" if run_dir.exists() else "none"
+            own = (f"--seed={seed}", f"--run_dir={run_dir}", f"--resume={resume}")
             arguments = (f"--config={file}", *used, *own)
             yield Cell(f"{stem}/seed_{seed}", parse_config(arguments), arguments)
 

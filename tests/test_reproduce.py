@@ -417,6 +417,7 @@ def test_a_short_cell_is_run_compared_and_not_run_again(
     line = ["reproduce", CELL, "--steps", "6", "--data", str(cifar10), "--out", str(out), *TINY]
     assert main([*line, "--seeds", "0"]) == 0
     shown = capsys.readouterr().out
+    assert "nothing to resume" not in shown
     for words in (
         "FixMatch w/SeMi on CIFAR-10-LT, N1 = 500, M1 = 4000, gamma_l = gamma_u = 100",
         "80.3  0.41     3",
@@ -433,7 +434,7 @@ def test_a_short_cell_is_run_compared_and_not_run_again(
         assert words in shown, words
     assert main([*line, "--seeds", "0,1"]) == 0
     assert "seed_0 is finished, and taken as it is" in capsys.readouterr().out
-    assert started == [(seed, "auto", str(out / f"seed_{seed}")) for seed in (0, 1)], "each seed once"
+    assert started == [(seed, "none", str(out / f"seed_{seed}")) for seed in (0, 1)], "each seed once"
     written = json.loads((out / "reproduce.json").read_text())
     assert (written["cell"], written["comparable"], written["paper"]["mean"]) == (CELL, False, 80.3)
     assert [run["seed"] for run in written["runs"]] == [0, 1]

@@ -51,6 +51,7 @@ def test_every_file_with_every_seed_and_what_is_finished_stays(
     assert main(words) == 0
     said = capfd.readouterr().out
     assert "2 runs, 2 at a time" in said
+    assert "nothing to resume" not in (out / "supervised" / "seed_0.log").read_text(), "nobody asked for that"
     runs = [out / "supervised" / f"seed_{seed}" for seed in (0, 1)]
     for run in runs:
         assert json.loads((run / "summary.json").read_text())["seed"] == int(run.name[-1])

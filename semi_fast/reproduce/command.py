@@ -56,7 +56,11 @@ def reproduce(
     manifest = prepared(cell, Path(config.data.path))
     split_sha256 = seal_split(split_for(manifest, "run", config.split)).sha256
     root = Path(out) if out else Path("runs", "paper", name if steps is None else f"{name}_{steps}_steps")
-    configs = {seed: replace(config, seed=seed, run_dir=str(root / f"seed_{seed}"), resume="auto") for seed in seeds}
+    configs = {}
+    for seed in seeds:
+        run_dir = root / f"seed_{seed}"
+        resume = "auto" if run_dir.exists() else "none"
+        configs[seed] = replace(config, seed=seed, run_dir=str(run_dir), resume=resume)
     for one in configs.values():
         check(one)
     check_directory(root, "--out")
