@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+LAUNCHED = "SEMI_FAST_LAUNCHED"
+"""Set in the environment of a sweep's runs."""
 OF_A_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """A launcher of several processes sets all of them; `accelerate launch` of one sets the last two alone."""
 NUMBERS = (

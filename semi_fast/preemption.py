@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from semi_fast import processes
 from semi_fast.errors import PreemptedError
+from semi_fast.launch import LAUNCHED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ASK_SECONDS = 1.0
@@ -26,8 +27,6 @@ MOST_STEPS_APART = 1000
 SAME_SECONDS = 2.0
 """A signal so soon after the first is the same request: launchers pass on what the terminal has sent to all."""
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-LAUNCHED = "SEMI_FAST_LAUNCHED"
-"""Set in the environment of a sweep's runs."""
 
 
 class Preemption:

@@ -17,6 +17,7 @@ from semi_fast.launch import check_environment
 from semi_fast.manifest import Manifest, Split, formats
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import digest
+from semi_fast.trackers import check_trackers
 
 if TYPE_CHECKING:  # with torch, which takes seconds; whether a directory may be used is asked before
     from semi_fast import checkpoint
@@ -53,6 +54,7 @@ def check_usable(config: Config) -> None:
     time."""
     check(config)
     check_environment()
+    check_trackers(config.log.track)
     run_dir = run_dir_of(config) or Path("runs")
     disk.check_directory(run_dir, "run_dir")
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from semi_fast.disk import check_directory, claimed
-from semi_fast.launch import check_environment
-from semi_fast.preemption import LAUNCHED
+from semi_fast.launch import LAUNCHED, check_environment
 from semi_fast.report import check_page, write_report
 from semi_fast.schema.arguments import key_of, parse_config, read_arguments
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.effects import without_effect
 from semi_fast.sealed_json import read_json
+from semi_fast.trackers import check_trackers
 
 OWNED = {"seed": "--seeds", "run_dir": "--out", "resume": "nothing: an unfinished run is always resumed"}
 PAGE = "report.html"
@@ -65,6 +65,7 @@ def sweep(
     cells = list(cells_of(files, seeds=seeds, out=out, flags=flags))
     for cell in cells:
         check(cell.config)
+        check_trackers(cell.config.log.track)
     if per_device < 1:
         raise ValueError(f"--per-device must be at least 1; got {per_device}")
     check_directory(out, "--out")

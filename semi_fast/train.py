@@ -46,7 +46,7 @@ from semi_fast.screen import lasting_streams
 from semi_fast.sealed_json import read_json
 from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.summary import summarise
-from semi_fast.trackers import check_trackers, log, tracked
+from semi_fast.trackers import log, tracked
 
 PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate's name -> ours
 VIEWS = {"fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +58,6 @@ def run(config: Config) -> dict[str, Any]:
     Raises ValueError for what the user must change, RuntimeError for the machine, NonFiniteError for numerics.
     """
     rundir.check_usable(config)
-    check_trackers(config.log.track)
     fresh = rundir.run_dir_of(config) is None
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")

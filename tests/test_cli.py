@@ -32,7 +32,7 @@ from semi_fast.schema.config import Config, check
 from semi_fast.schema.yaml_file import config_keys, dump
 
 from .synthetic_data import write_cifar10_binary, write_cifar10_python, write_image_folder, write_prepared
-from .tiny import ARGUMENTS
+from .tiny import ARGUMENTS, FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "configs" / "paper"  # test_reproduce has these
@@ -592,16 +592,19 @@ def test_a_run_that_cannot_begin_is_refused_before_anything_heavy_is_loaded(
         named,
         train(digits, finished, *SHORT),
         train(digits, tmp_path / "new", "--optim.lr=-1"),
+        train(digits, tmp_path / "new", "--log.track=[tensorbord]"),
+        ["sweep", str(FILE), "--log.track=[tensorbord]", f"--data.path={digits}", f"--out={tmp_path / 'out'}"],
     ]
     with (run_dir / "run.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [sys.executable, "-c", OCCUPIED, *map("|".join, words)]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     lines = ended.stderr.splitlines()
-    assert ["is in use by process" in line for line in lines] == [True, True, True, False, False], lines
+    assert ["is in use by process" in line for line in lines] == [True, True, True, False, False, False, False], lines
     assert "run_dir must be new or empty" in lines[3]
     assert "optim.lr must lie in" in lines[4]
-    assert ended.stdout == "[2, 2, 2, 2, 2] []\n"
+    assert all("log.track must be of" in line for line in lines[5:])
+    assert ended.stdout == "[2, 2, 2, 2, 2, 2, 2] []\n"
 
 
 def test_a_directory_that_was_used_since_it_was_looked_at(

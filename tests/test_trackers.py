@@ -10,6 +10,7 @@ from accelerate import tracking
 from accelerate.tracking import WandBTracker
 from accelerate.utils import LoggerType
 
+from semi_fast import trackers
 from semi_fast.cli import main
 
 from .tiny import ARGUMENTS
@@ -22,6 +23,7 @@ class OfTheTracker(Exception):
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """W&B looks installed, begins, and does nothing; a test may change that."""
+    monkeypatch.setattr(trackers, "is_installed", lambda name: name in ("tensorboard", "wandb"))
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD, LoggerType.WANDB])
     for name in ("start", "store_init_configuration", "log", "finish"):
         monkeypatch.setattr(WandBTracker, name, lambda self, *args, **kwargs: None)
@@ -34,6 +36,24 @@ def fails(self: WandBTracker, *args: object, **kwargs: object) -> None:
 
 def train(data: Path, run_dir: Path, *flags: str) -> int:
     return main(["train", *ARGUMENTS, f"--data.path={data}", f"--run_dir={run_dir}", *flags])
+
+
+def test_the_names_are_those_of_accelerate() -> None:
+    assert {*trackers.NAMES, "all"} == set(LoggerType.list())
+
+
+def test_a_folder_of_its_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "swanlab").mkdir()
+    assert (trackers.is_installed("swanlab"), trackers.is_installed("tensorboard")) == (False, True)
+
+
+def test_a_version_that_accelerate_does_not_take_is_named(
+    digits: Path, tmp_path: Path, wandb: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    assert train(digits, tmp_path / "run", "--log.track=[wandb]") == 2
+    assert "log.track: accelerate does not take wandb as it is installed" in capsys.readouterr().err
 
 
 def test_the_events_of_tensorboard_are_the_metrics(digits: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from semi_fast.reproduce.cells import Cell, find
 from semi_fast.reproduce.compare import against_paper, mean_of, verdict
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import read_json
+from semi_fast.trackers import check_trackers
 
 OWNED = {
     "seed": "--seeds",
@@ -63,6 +64,7 @@ def reproduce(
         configs[seed] = replace(config, seed=seed, run_dir=str(run_dir), resume=resume)
     for one in configs.values():
         check(one)
+    check_trackers(config.log.track)
     check_directory(root, "--out")
     with claimed(root / "reproduce.lock", f"--out {root}"):
         return beside_paper(cell, published, config, configs, split_sha256, root, short=short)
