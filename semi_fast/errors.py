@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import linecache
 import re
 import traceback
 
@@ -73,13 +72,9 @@ def reason(error: OSError) -> str:
 
 
 def failed_call(error: OSError) -> str:
-    """The call that failed, as a note of the error says, or the line of source that it stands in: `os.mkdir`."""
+    """The call that failed, as a note of the error says, or the line of source that raised it: `os.mkdir`."""
     if notes := getattr(error, "__notes__", ()):
         return notes[-1]
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return type(error).__name__
-    at = frames[-1]
-    line = linecache.getline(at.filename, at.lineno or 0)[at.colno or 0 :]
-    call = re.match(r"[\w.]+(?=\()", line)
-    return call[0] if call else at.name
+    line = "".join(frame.line or "" for frame in traceback.extract_tb(error.__traceback__)[-1:])
+    call = re.search(r"[\w.]+(?=\()", line)
+    return call[0] if call else type(error).__name__
