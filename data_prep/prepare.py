@@ -32,7 +32,7 @@ from semi_fast.data_prep.readers.stl10 import SIDE as STL10_RESOLUTION
 from semi_fast.data_prep.readers.stl10 import read_stl10
 from semi_fast.data_prep.taken_up import with_written
 from semi_fast.data_prep.writers.resident import write_resident
-from semi_fast.disk import fsync_directory, held, make_directory
+from semi_fast.disk import fsync_directory, locked_descriptor, make_directory
 from semi_fast.errors import NO_SPACE
 from semi_fast.hashed_file import HashedFile
 from semi_fast.manifest import Manifest, kept_arrays, load_manifest, write_manifest
@@ -238,7 +238,7 @@ def hidden_directory(path: Path) -> Iterator[Path]:
     path.mkdir(exist_ok=True)
     lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        with held(lock, path, f"--out, whose work stands in {path},"):
+        with locked_descriptor(lock, path, f"--out, whose work stands in {path},"):
             if not _stands_at(lock, path):
                 raise ValueError(f"{path} was published by another process meanwhile; choose another --out")
             try:

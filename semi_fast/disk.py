@@ -154,7 +154,7 @@ def check_free(lock: Path, what: str) -> None:
     except FileNotFoundError:
         return
     try:
-        locks = _locked(descriptor, lock, fcntl.LOCK_SH)  # which others that only look may have too
+        locks = _try_lock(descriptor, lock, fcntl.LOCK_SH)  # which others that only look may have too
     finally:
         os.close(descriptor)
     if locks is False or _marker(lock).exists():
@@ -162,13 +162,13 @@ def check_free(lock: Path, what: str) -> None:
 
 
 @contextmanager
-def claimed(lock: Path, what: str) -> Iterator[None]:
+def locked(lock: Path, what: str) -> Iterator[None]:
     """Hold a lock file, which says who holds it; its directory is made. ValueError if another process does."""
     make_directory(lock.parent)
     with writing(lock):
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with held(descriptor, lock, what):
+        with locked_descriptor(descriptor, lock, what):
             with writing(lock):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, _me())
@@ -178,16 +178,16 @@ def claimed(lock: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def held(descriptor: int, path: Path, what: str) -> Iterator[None]:
+def locked_descriptor(descriptor: int, path: Path, what: str) -> Iterator[None]:
     """Lock an open file or directory while entered; ValueError that begins with `what` if another process has it.
 
     Where the file system has no locks, `PATH.held` is created instead and removed at the end. One that a kill leaves
     stays: nothing says on which machine its process may still be at work, so that only the user can tell.
     """
-    locks, marker = _locked(descriptor, path, fcntl.LOCK_EX), _marker(path)
+    locks, marker = _try_lock(descriptor, path, fcntl.LOCK_EX), _marker(path)
     if locks is False:
         time.sleep(LOOK_SECONDS)  # it may be `check_free` of another process, which only looks
-        locks = _locked(descriptor, path, fcntl.LOCK_EX)
+        locks = _try_lock(descriptor, path, fcntl.LOCK_EX)
     if locks is False or (locks and marker.exists()):
         raise ValueError(_in_use(path, what))
     if locks is None:
@@ -204,7 +204,7 @@ def held(descriptor: int, path: Path, what: str) -> Iterator[None]:
             marker.unlink(missing_ok=True)
 
 
-def _locked(descriptor: int, path: Path, how: int) -> bool | None:
+def _try_lock(descriptor: int, path: Path, how: int) -> bool | None:
     """Whether the lock is ours now; None where the file system has none."""
     try:
         with named(path, "flock"):

@@ -156,13 +156,13 @@ def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
 
 
 @contextmanager
-def claimed(run_dir: Path, resume: str, saved: checkpoint.Checkpoint | None) -> Iterator[None]:
+def locked(run_dir: Path, resume: str, saved: checkpoint.Checkpoint | None) -> Iterator[None]:
     """Make the directory ours while the run lasts, which goes on from `saved`; `status.json` there says how it ended.
 
     While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory, or
     if one has had it since it was looked at.
     """
-    with disk.claimed(run_dir / LOCK, f"run_dir {run_dir}"):
+    with disk.locked(run_dir / LOCK, f"run_dir {run_dir}"):
         _check_content(run_dir, resume)
         if resume == "auto":
             _check_newest(run_dir / "checkpoints", saved)
@@ -190,7 +190,7 @@ def _check_newest(root: Path, saved: checkpoint.Checkpoint | None) -> None:
             )
 
 
-def unmake(run_dir: Path) -> None:
+def remove_empty(run_dir: Path) -> None:
     """Remove a fresh directory whose run never began."""
     with suppress(OSError):  # it is not empty
         run_dir.rmdir()

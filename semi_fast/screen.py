@@ -29,7 +29,7 @@ class Lasting(io.FileIO):
                 select.select([], [self], [])
         except OSError as error:
             if without_reader(error, self.fileno()):
-                lead_nowhere(self.fileno())
+                redirect_to_null(self.fileno())
             else:
                 self.failure = error
             return memoryview(data).nbytes
@@ -57,7 +57,7 @@ def lasting_streams() -> Iterator[None]:
 def lasting(stream: TextIO | None, number: int) -> TextIO:
     """The stream, on a Lasting descriptor if it has one; None, which Python has for a closed one, leads nowhere."""
     if stream is None:
-        lead_nowhere(number)
+        redirect_to_null(number)
         return open(number, "w", encoding="utf-8", closefd=False)
     if not isinstance(stream, io.TextIOWrapper) or not has_descriptor(stream):
         return stream
@@ -78,7 +78,7 @@ def has_descriptor(stream: TextIO) -> bool:
         return False
 
 
-def lead_nowhere(number: int) -> None:
+def redirect_to_null(number: int) -> None:
     """Point a descriptor at the null device."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if nowhere != number:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semi_fast.disk import check_directory, claimed
+from semi_fast.disk import check_directory, locked
 from semi_fast.launch import LAUNCHED, check_environment
 from semi_fast.report import check_page, write_report
 from semi_fast.schema.arguments import key_of, parse_config, read_arguments
@@ -70,11 +70,11 @@ def sweep(
         raise ValueError(f"--per-device must be at least 1; got {per_device}")
     check_directory(out, "--out")
     check_page(out / PAGE)
-    with claimed(out / "sweep.lock", f"--out {out}"):
-        return carried_through(cells, out, per_device=per_device)
+    with locked(out / "sweep.lock", f"--out {out}"):
+        return train_and_compare(cells, out, per_device=per_device)
 
 
-def carried_through(cells: Sequence[Cell], out: Path, *, per_device: int) -> int:
+def train_and_compare(cells: Sequence[Cell], out: Path, *, per_device: int) -> int:
     """Train what is not finished, and compare all; returns how many runs failed."""
     summaries = {cell.name: found for cell in cells if (found := summary_of(cell)) is not None}
     for name in summaries:

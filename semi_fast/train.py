@@ -82,13 +82,13 @@ def run(config: Config) -> dict[str, Any]:
         )
         with ExitStack() as stack:
             if fresh and accelerator.is_main_process:
-                stack.callback(rundir.unmake, run_dir)
+                stack.callback(rundir.remove_empty, run_dir)
             engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
             accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
             preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
             with lost_ones_named(), all_or_none():
                 if accelerator.is_main_process:
-                    stack.enter_context(rundir.claimed(run_dir, config.resume, saved))
+                    stack.enter_context(rundir.locked(run_dir, config.resume, saved))
                 trackers = run_dir / rundir.TRACKERS
                 stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
             stack.enter_context(lost_ones_named())

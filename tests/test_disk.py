@@ -15,7 +15,7 @@ import pytest
 
 from semi_fast import disk
 from semi_fast.cli import main
-from semi_fast.disk import check_free, claimed, fresh_directory, held, publish_new
+from semi_fast.disk import check_free, fresh_directory, locked, locked_descriptor, publish_new
 from semi_fast.errors import described
 from semi_fast.manifest import load_manifest, load_split
 from semi_fast.train import guarded
@@ -144,7 +144,7 @@ WITHOUT = sorted({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, err
 
 
 @pytest.mark.parametrize("number", [None, *WITHOUT])
-def test_a_directory_is_claimed_by_one(number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_locked_by_one(number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With locks or without."""
     if number is not None:
         monkeypatch.setattr(fcntl, "flock", refusing(number))
@@ -153,10 +153,10 @@ def test_a_directory_is_claimed_by_one(number: int | None, tmp_path: Path, monke
     assert not lock.parent.exists(), "nothing is written"
     holder = f"run_dir x is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, or choose another"
     for _ in range(2):
-        with claimed(lock, "run_dir x"):
+        with locked(lock, "run_dir x"):
             with pytest.raises(ValueError, match=holder):
                 check_free(lock, "run_dir x")
-            with pytest.raises(ValueError, match=holder), claimed(lock, "run_dir x"):
+            with pytest.raises(ValueError, match=holder), locked(lock, "run_dir x"):
                 raise AssertionError("two have it")
         check_free(lock, "run_dir x")
     assert [path.name for path in lock.parent.iterdir()] == ["run.lock"]
@@ -175,11 +175,11 @@ def test_what_a_killed_process_without_locks_left_is_for_the_user_to_delete(
     said = f"in use by process 7 on another; wait for it, or choose another; if that has ended, delete {marker}, which"
     with pytest.raises(ValueError, match=said):
         check_free(lock, "--out x")
-    with pytest.raises(ValueError, match=said), claimed(lock, "--out x"):
+    with pytest.raises(ValueError, match=said), locked(lock, "--out x"):
         raise AssertionError("it may be at work")
     assert marker.exists()
     marker.unlink()
-    with claimed(lock, "--out x"):
+    with locked(lock, "--out x"):
         pass
 
 
@@ -197,21 +197,21 @@ def test_a_run_and_a_preparation_need_no_locks(
 
 
 def test_who_only_looks_is_in_nobody_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look that is over once the claim has waited."""
+    """A look that is over once the lock has waited."""
     (tmp_path / "run.lock").touch()
     looking = os.open(tmp_path / "run.lock", os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
     monkeypatch.setattr("time.sleep", lambda _: os.close(looking))
-    with claimed(tmp_path / "run.lock", "run_dir x"):
+    with locked(tmp_path / "run.lock", "run_dir x"):
         pass
 
 
 def test_a_directory_can_be_held_itself(tmp_path: Path) -> None:
     one, other = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
     with (
-        held(one, tmp_path, "--out x"),
+        locked_descriptor(one, tmp_path, "--out x"),
         pytest.raises(ValueError, match="--out x is in use by another process"),
-        held(other, tmp_path, "--out x"),
+        locked_descriptor(other, tmp_path, "--out x"),
     ):
         raise AssertionError("two have it")
     os.close(one)

@@ -17,7 +17,7 @@ import yaml
 import semi_fast.train
 from semi_fast.cli import main, parse_config
 from semi_fast.data_prep.long_tail import make_split
-from semi_fast.disk import claimed
+from semi_fast.disk import locked
 from semi_fast.manifest import Manifest
 from semi_fast.methods import make_method
 from semi_fast.reproduce.cells import CONFIGS, Cell, cells, document, find
@@ -397,7 +397,7 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_process_at_a_time_has_the_directory(
     cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with claimed(tmp_path / "reproduce.lock", "--out"):
+    with locked(tmp_path / "reproduce.lock", "--out"):
         words = shlex.join([CELL, f"--data={cifar10}", f"--out={tmp_path}", "--seeds=0", "--steps=60", *TINY])
         refused(capsys, words, f"--out {tmp_path} is in use by process {os.getpid()}", "wait for it, or choose another")
     assert [path.name for path in tmp_path.iterdir()] == ["reproduce.lock"]

@@ -16,7 +16,7 @@ import yaml
 
 from semi_fast import sweep as module
 from semi_fast.cli import main
-from semi_fast.disk import claimed
+from semi_fast.disk import locked
 from semi_fast.reproduce.command import finished
 from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.yaml_file import dump
@@ -101,7 +101,7 @@ def test_one_sweep_at_a_time_has_the_directory(
     """And a page that is none of ours is refused before it, not after all runs."""
     out = tmp_path / "out"
     words = ["sweep", *files, "--seeds", "0", "--out", str(out), *FLAGS]
-    with claimed(out / "sweep.lock", "--out"):
+    with locked(out / "sweep.lock", "--out"):
         assert main(words) == 2
     said = f"--out {out} is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, or choose another"
     assert capfd.readouterr().err == f"semi-fast: {said}\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from semi_fast.data_prep.long_tail import split_for
-from semi_fast.disk import check_directory, claimed, write_json
+from semi_fast.disk import check_directory, locked, write_json
 from semi_fast.launch import check_environment
 from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
 from semi_fast.report.compare import Table
@@ -66,11 +66,11 @@ def reproduce(
         check(one)
     check_trackers(config.log.track)
     check_directory(root, "--out")
-    with claimed(root / "reproduce.lock", f"--out {root}"):
-        return beside_paper(cell, published, config, configs, split_sha256, root, short=short)
+    with locked(root / "reproduce.lock", f"--out {root}"):
+        return train_and_compare(cell, published, config, configs, split_sha256, root, short=short)
 
 
-def beside_paper(
+def train_and_compare(
     cell: Cell,
     published: Config,
     config: Config,

@@ -42,7 +42,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Config, set[str]]:
     parser.add_argument("--config", action="config", help="YAML file of keys; may be given more than once")
     parser.add_class_arguments(Config)
     files, flags = ordered(argv)
-    files, flags = with_run(files, flags)
+    files, flags = resolve_resume(files, flags)
     keys_of = {file: check_file(Path(file)) for file in files}
     in_files = {key for keys in keys_of.values() for key in keys}
     as_flags = {key_of(flag) for flag in flags}
@@ -78,7 +78,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Config, set[str]]:
     if "run_dir" not in as_flags and config.resume == "auto":
         setters = [file for file, keys in keys_of.items() if "run_dir" in keys]
         check_own_directory(config, setters[-1] if setters else None)
-    return instead_of_keys(config, as_flags), as_flags
+    return drop_split_keys(config, as_flags), as_flags
 
 
 def key_of(flag: str) -> str:
@@ -92,7 +92,7 @@ def below(flags: Sequence[str], defaults: Sequence[str]) -> list[str]:
     return [*(flag for flag in defaults if key_of(flag) not in given), *flags]
 
 
-def with_run(files: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+def resolve_resume(files: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
     """The same with what `--resume` of a run or of a checkpoint stands for: the run's own configuration where no file
     is given, and its directory. ValueError if that is no run, or if run_dir is given and another."""
     given = {key_of(flag): flag.partition("=")[2] for flag in flags}
@@ -140,7 +140,7 @@ def at_home(config: Config) -> Config:
     )
 
 
-def instead_of_keys(config: Config, as_flags: set[str]) -> Config:
+def drop_split_keys(config: Config, as_flags: set[str]) -> Config:
     """With `--split.file`, the keys of a split that a file holds and no flag repeats are not used: their defaults."""
     if config.split.file is None or "split.file" not in as_flags:
         return config

@@ -18,7 +18,7 @@ import pytest
 
 from semi_fast import disk, manifest, train
 from semi_fast.checkpoint import TENSORS, newest, published
-from semi_fast.rundir import claimed
+from semi_fast.rundir import locked
 from semi_fast.runlog import MetricsFile
 from semi_fast.train import guarded, run
 from tests.test_engine import records
@@ -168,7 +168,7 @@ def test_the_lock_is_named_too(tmp_path: Path) -> None:
 
     def child() -> None:
         try:
-            with largest_file(0), claimed(tmp_path / "run", "none", None):
+            with largest_file(0), locked(tmp_path / "run", "none", None):
                 raise AssertionError("nothing may be done without it")
         except RuntimeError as error:
             print(error)
