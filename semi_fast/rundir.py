@@ -15,6 +15,7 @@ from semi_fast.disk import fresh_directory, write_json
 from semi_fast.errors import described, exit_code
 from semi_fast.launch import check_environment
 from semi_fast.manifest import Manifest, Split, formats
+from semi_fast.schema.arguments import CHECKPOINTS, CONFIG_FILE, run_of
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import digest
 from semi_fast.trackers import check_trackers
@@ -39,7 +40,7 @@ def run_dir_of(config: Config) -> Path | None:
     if config.run_dir is not None:
         return Path(config.run_dir)
     if config.resume not in ("none", "auto"):
-        return Path(config.resume).resolve().parent.parent
+        return run_of(Path(config.resume))
     return None
 
 
@@ -71,8 +72,8 @@ def _check_content(run_dir: Path, resume: str) -> None:
     used = any(not BEFORE.fullmatch(name) for name in names)
     if used and resume == "none":
         raise ValueError(f"run_dir must be new or empty; {run_dir} is not: choose another, or --resume auto")
-    if used and resume == "auto" and not any((run_dir / name).exists() for name in ("config.yaml", LOCK)):
-        raise ValueError(f"run_dir must be new, empty or a run; {run_dir} has no config.yaml: choose another")
+    if used and resume == "auto" and not any((run_dir / name).exists() for name in (CONFIG_FILE, LOCK)):
+        raise ValueError(f"run_dir must be new, empty or a run; {run_dir} has no {CONFIG_FILE}: choose another")
 
 
 def provenance(config: Config, manifest: Manifest, split: Split, environment: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def checkpoint_to_resume(
     """
     from semi_fast import checkpoint
 
-    root = run_dir / "checkpoints"
+    root = run_dir / CHECKPOINTS
     if resume == "none":
         return None
     if resume == "auto":
@@ -115,9 +116,7 @@ def checkpoint_to_resume(
             return None
     else:
         path = Path(resume)
-        if not path.is_dir():
-            raise ValueError(f"resume must be none, auto, a run or a checkpoint; {path} is no directory")
-        if path.resolve().parent.parent != run_dir.resolve():
+        if run_of(path) != run_dir.resolve():
             raise ValueError(
                 f"resume must name a checkpoint of run_dir; got {path} and {run_dir}: leave run_dir out, or mend it"
             )
@@ -139,7 +138,7 @@ def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
         if here != there:
             raise ValueError(
                 f"checkpoint {saved.path} is of another config: {key} is {there} there, {here} here; "
-                "use its config.yaml, or a new run_dir"
+                f"use its {CONFIG_FILE}, or a new run_dir"
             )
     for key in ("data_sha256", "pixels_sha256", "split_sha256"):
         if saved.meta[key] != meta[key]:
@@ -165,7 +164,7 @@ def locked(run_dir: Path, resume: str, saved: checkpoint.Checkpoint | None) -> I
     with disk.locked(run_dir / LOCK, f"run_dir {run_dir}"):
         _check_content(run_dir, resume)
         if resume == "auto":
-            _check_newest(run_dir / "checkpoints", saved)
+            _check_newest(run_dir / CHECKPOINTS, saved)
         status = run_dir / STATUS
         status.unlink(missing_ok=True)
         try:

@@ -40,6 +40,7 @@ from semi_fast.preemption import Preemption, end_with_launcher
 from semi_fast.processes import all_or_none, lost_ones_named
 from semi_fast.report import check_page, write_report
 from semi_fast.sampling import Batches, first_visit_counts, label_tables
+from semi_fast.schema.arguments import CHECKPOINTS, CONFIG_FILE, parse_config
 from semi_fast.schema.config import Config, identity, leaves
 from semi_fast.schema.yaml_file import dump
 from semi_fast.screen import lasting_streams
@@ -176,7 +177,7 @@ def build(
         levels=ladder(config.engine, device, several_processes=several, synchronised=synchronised),
         metrics=runlog.MetricsFile(run_dir / "metrics.jsonl") if main else None,
         screen=runlog.Screen(config.method.name, steps=config.optim.steps, quiet=not main),
-        checkpoints=run_dir / "checkpoints",
+        checkpoints=run_dir / CHECKPOINTS,
         meta=meta,
         track=partial(log, accelerator),
     )
@@ -236,7 +237,7 @@ def conduct(
         if saved is not None and (run_dir / "env.json").exists():
             before = read_json(run_dir / "env.json")
             environment["before_resume"] = [*before.pop("before_resume", []), before]  # the newest last
-        disk.write_text(run_dir / "config.yaml", dump(config))
+        disk.write_text(run_dir / CONFIG_FILE, dump(config))
         disk.write_json(run_dir / "env.json", environment)
         for name in ("summary.json", "split.json"):
             (run_dir / name).unlink(missing_ok=True)
@@ -325,8 +326,6 @@ def guarded(config: Config) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from semi_fast.schema.arguments import parse_config
-
     end_with_launcher()
     with lasting_streams():
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,14 @@ def test_a_run_that_cannot_go_on_is_one_line(
     refused(capsys, ["train", "--resume", run_dir], ["has no manifest.json", f"(in {tmp_path}; "])
     del before["config.yaml"]
     assert {name: entry for name, entry in tree(run_dir).items() if name != "config.yaml"} == before
+
+
+def test_a_file_that_goes_on_from_nowhere_is_refused_at_once(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"data: {{path: {digits}}}\nresume: {tmp_path}/nowhere\n")
+    monkeypatch.setitem(sys.modules, "semi_fast.train", None)  # which takes seconds to load
+    refused(capsys, ["train", f"--config={tmp_path / 'mine.yaml'}"], ["resume must be none, auto, a run", "nowhere is"])
 
 
 def test_a_name_that_no_disk_takes_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from semi_fast.schema.arguments import CONFIG_FILE
 from semi_fast.scores import class_groups
 
 METRICS = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few")
@@ -127,13 +128,14 @@ def read_run(path: Path) -> Run:
         )
     summary = _json(path / "summary.json") if (path / "summary.json").exists() else {}
     split = _json(path / "split.json") if (path / "split.json").exists() else {}
-    config_text = _text(path / "config.yaml")
+    file = path / CONFIG_FILE
+    config_text = _text(file)
     try:
         config = yaml.safe_load(config_text)
     except yaml.YAMLError as error:
-        raise _damaged(path / "config.yaml", "must be YAML", str(error).splitlines()[0]) from None
+        raise _damaged(file, "must be YAML", str(error).splitlines()[0]) from None
     if not isinstance(config, dict):
-        raise _damaged(path / "config.yaml", "must be a mapping", config)
+        raise _damaged(file, "must be a mapping", config)
     records = _records(path / "metrics.jsonl", torn_allowed=summary.get("status") != "finished")
     names = _class_names(path, summary, split, records)
     counts = {

@@ -170,7 +170,7 @@ def finished(config: Config, split_sha256: str) -> dict[str, Any] | None:
 
     Raises ValueError if it is a run of another configuration, or on another split or other data.
     """
-    from semi_fast.schema.arguments import read_arguments
+    from semi_fast.schema.arguments import CONFIG_FILE, read_arguments
 
     run_dir = Path(config.run_dir or "")
     if not (run_dir / "summary.json").is_file():
@@ -178,7 +178,7 @@ def finished(config: Config, split_sha256: str) -> dict[str, Any] | None:
     summary = read_json(run_dir / "summary.json")
     if summary.get("status") != "finished":
         return None
-    own, _ = read_arguments([f"--config={run_dir / 'config.yaml'}", f"--run_dir={run_dir}"])  # it may have moved
+    own, _ = read_arguments([f"--config={run_dir / CONFIG_FILE}", f"--run_dir={run_dir}"])  # it may have moved
     mine, its = leaves(identity(config)), leaves(identity(own))
     for key in mine:
         if mine[key] != its[key] and (key, mine[key]) != ("precision", "auto"):

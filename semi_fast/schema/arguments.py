@@ -20,7 +20,8 @@ Every key of the configuration is a flag (`--optim.lr=0.1`); defaults < file < f
 `semi-fast train --resume RUN` goes on with a run; it needs no other flag.
 `accelerate launch -m semi_fast.train` takes the same arguments. `semi-fast train --help` lists the keys."""
 PATHS = ("data.path", "split.file", "run_dir", "resume")
-OWN_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
+"""Keys whose values may begin with `~`."""
+CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
 """What makes a directory a run that can go on."""
 
 
@@ -72,9 +73,11 @@ def read_arguments(argv: Sequence[str]) -> tuple[Config, set[str]]:
                 f"method.semi.{key} must be given with preset {preset}: its sources differ; see docs/methods.md"
             )
     del parsed["config"]
+    for key in PATHS:
+        if parsed[key] is not None:
+            parsed[key] = os.path.expanduser(parsed[key])
     values = parser.instantiate(parsed)
     config = Config(**{key: values[key] for key in Config.__dataclass_fields__})
-    config = at_home(config)
     if "run_dir" not in as_flags and config.resume == "auto":
         setters = [file for file, keys in keys_of.items() if "run_dir" in keys]
         check_own_directory(config, setters[-1] if setters else None)
@@ -96,22 +99,27 @@ def resolve_resume(files: list[str], flags: list[str]) -> tuple[list[str], list[
     """The same with what `--resume` of a run or of a checkpoint stands for: the run's own configuration where no file
     is given, and its directory. ValueError if that is no run, or if run_dir is given and another."""
     given = {key_of(flag): flag.partition("=")[2] for flag in flags}
-    path = Path(given.get("resume", "none")).expanduser()
+    path = Path(given.get("resume", "none"))
     if given.get("resume") in (None, "none", "auto"):
         return files, flags
-    if not path.is_dir():
-        raise ValueError(f"resume must be none, auto, a run or a checkpoint; {path} is no directory")
-    whole = any((path / name).exists() for name in (OWN_FILE, CHECKPOINTS))
-    run_dir = path if whole else path.resolve().parent.parent
-    own = run_dir / OWN_FILE
+    whole = any((path / name).exists() for name in (CONFIG_FILE, CHECKPOINTS))
+    run_dir = path if whole else run_of(path)
+    own = run_dir / CONFIG_FILE
     if not files and not own.is_file():
-        raise ValueError(f"resume must name a run or a checkpoint of one; {path} is in none that has a {OWN_FILE}")
+        raise ValueError(f"resume must name a run or a checkpoint of one; {path} is in none that has a {CONFIG_FILE}")
     if not whole:  # whether it is one of run_dir is looked at where it is loaded
         return files or [str(own)], flags if files or "run_dir" in given else [*flags, f"--run_dir={run_dir}"]
-    if "run_dir" in given and Path(given["run_dir"]).expanduser().resolve() != run_dir.resolve():
+    if "run_dir" in given and Path(given["run_dir"]).resolve() != run_dir.resolve():
         raise ValueError(f"resume must name run_dir; got {path} and {given['run_dir']}: leave run_dir out")
     kept = [flag for flag in flags if key_of(flag) not in ("resume", "run_dir")]
     return files or [str(own)], [*kept, f"--run_dir={run_dir}", "--resume=auto"]
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint lies in; ValueError if there is no such checkpoint."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"resume must be none, auto, a run or a checkpoint; {checkpoint} is no directory")
+    return checkpoint.resolve().parent.parent
 
 
 def check_own_directory(config: Config, file: str | None) -> None:
@@ -119,25 +127,13 @@ def check_own_directory(config: Config, file: str | None) -> None:
     was begun elsewhere; whoever goes on must say with which."""
     if file is None or config.run_dir is None:
         return
-    here = Path(file).expanduser().parent
-    own = Path(file).name == OWN_FILE and (here / CHECKPOINTS).is_dir()
+    here = Path(file).parent
+    own = Path(file).name == CONFIG_FILE and (here / CHECKPOINTS).is_dir()
     if own and Path(config.run_dir).resolve() != here.resolve():
         raise ValueError(
             f"run_dir of {file} is {config.run_dir}, another directory than its own: say with which to go on, "
             f"--resume {here} or --resume {config.run_dir}"
         )
-
-
-def at_home(config: Config) -> Config:
-    """With `~` at the beginning of every path replaced."""
-    path, file = config.data.path, config.split.file
-    return replace(
-        config,
-        data=replace(config.data, path=os.path.expanduser(path)),
-        split=replace(config.split, file=None if file is None else os.path.expanduser(file)),
-        run_dir=None if config.run_dir is None else os.path.expanduser(config.run_dir),
-        resume=os.path.expanduser(config.resume),
-    )
 
 
 def drop_split_keys(config: Config, as_flags: set[str]) -> Config:
@@ -192,8 +188,10 @@ def ordered(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value: --{name}=VALUE")
             value = words.pop(0)
+        if key == "config" or key in PATHS:
+            value = os.path.expanduser(value)
         if key == "config":
-            files.append(os.path.expanduser(value))
+            files.append(value)
             continue
         if key in flags:
             raise ValueError(f"--{name} is given twice, {flags[key].partition('=')[2]} and {value}; keep one")
