@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from semi_fast.screen import lasting_streams
+from semi_fast.screen import tolerate_closed_pipes
 
 SCORES = (
     "top1_last20",
@@ -85,5 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with lasting_streams():
+    with tolerate_closed_pipes():
         main()

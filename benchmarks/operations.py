@@ -38,7 +38,7 @@ from semi_fast.schema.data import AugmentConfig
 from semi_fast.schema.method import MethodConfig
 from semi_fast.schema.model import EmaConfig, ModelConfig, OptimConfig
 from semi_fast.schema.semi import PRESETS, SemiConfig
-from semi_fast.screen import lasting_streams
+from semi_fast.screen import tolerate_closed_pipes
 from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 
 CPU = torch.device("cpu")
@@ -180,5 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with lasting_streams():
+    with tolerate_closed_pipes():
         main()

@@ -19,7 +19,7 @@ import torch
 from benchmarks import measure, ops
 from benchmarks.measure import Spread, paired_ratio, quartiles
 from benchmarks.pipeline_cases import BASELINE, CPU, PIPELINES, Data, Pipeline, real_data, synthetic_data
-from semi_fast.screen import lasting_streams
+from semi_fast.screen import tolerate_closed_pipes
 
 SAME = "same"  # a second one of the baseline
 SPREADS = ("wall_per_second", "per_cpu_second", "wall_ratio", "cpu_ratio", "same_over_same_ratio")
@@ -285,5 +285,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with lasting_streams():
+    with tolerate_closed_pipes():
         main()

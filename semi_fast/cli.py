@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from semi_fast import __version__
 from semi_fast.errors import EXPECTED, exit_code, one_line
 from semi_fast.schema.arguments import ordered, parse_config
-from semi_fast.screen import check_taken, lasting_streams
+from semi_fast.screen import check_taken, tolerate_closed_pipes
 
 PATH = os.path.expanduser
 """Of an argument: `~`, which shells leave as it is behind an equals sign."""
@@ -230,7 +230,7 @@ def normal(word: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The entry point: expected failures are one line and exit code 2 (the user's to mend) or 3 (the machine's)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with lasting_streams():
+    with tolerate_closed_pipes():
         try:
             code = run_command(words)
             if words[:1] != ["train"]:  # whose results are files

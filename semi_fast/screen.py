@@ -1,4 +1,4 @@
-"""Standard output and error that last: what they cannot show is replaced, and who no longer reads them ends nothing."""
+"""Standard output and error that take what is printed: what they cannot show is replaced, readers may close them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_READER = {errno.EPIPE, errno.ECONNRESET}
 """Of an OSError: whoever read has enough of it."""
 
 
-class Lasting(io.FileIO):
+class TolerantFile(io.FileIO):
     """A descriptor that takes whatever is written: without a reader it leads nowhere from then on; what is refused for
     another reason, which may pass, is lost."""
 
@@ -42,10 +42,10 @@ def without_reader(error: OSError, number: int) -> bool:
 
 
 @contextmanager
-def lasting_streams() -> Iterator[None]:
+def tolerate_closed_pipes() -> Iterator[None]:
     """Meanwhile `sys.stdout` and `sys.stderr` take whatever is printed; those of a test or a notebook are left."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = ours = lasting(sys.stdout, 1), lasting(sys.stderr, 2)
+    sys.stdout, sys.stderr = ours = tolerant(sys.stdout, 1), tolerant(sys.stderr, 2)
     try:
         yield
     finally:
@@ -54,8 +54,8 @@ def lasting_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def lasting(stream: TextIO | None, number: int) -> TextIO:
-    """The stream, on a Lasting descriptor if it has one; None, which Python has for a closed one, leads nowhere."""
+def tolerant(stream: TextIO | None, number: int) -> TextIO:
+    """The stream, on a TolerantFile descriptor if it has one; None, which Python has for a closed one, leads nowhere."""
     if stream is None:
         redirect_to_null(number)
         return open(number, "w", encoding="utf-8", closefd=False)
@@ -63,7 +63,7 @@ def lasting(stream: TextIO | None, number: int) -> TextIO:
         return stream
     stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(Lasting(stream.fileno(), "w", closefd=False)),
+        io.BufferedWriter(TolerantFile(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
         errors="replace",
         line_buffering=stream.line_buffering,
@@ -90,5 +90,5 @@ def check_taken() -> None:
     """Raise RuntimeError if standard output was refused by anything but a reader who has enough: a full disk, say."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if isinstance(raw, Lasting) and raw.failure is not None:
+    if isinstance(raw, TolerantFile) and raw.failure is not None:
         raise RuntimeError(f"standard output could not be written: {raw.failure.strerror}; what it lacks is lost")

@@ -43,7 +43,7 @@ from semi_fast.sampling import Batches, first_visit_counts, label_tables
 from semi_fast.schema.arguments import CHECKPOINTS, CONFIG_FILE, parse_config
 from semi_fast.schema.config import Config, identity, leaves
 from semi_fast.schema.yaml_file import dump
-from semi_fast.screen import lasting_streams
+from semi_fast.screen import tolerate_closed_pipes
 from semi_fast.sealed_json import read_json
 from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.summary import summarise
@@ -327,7 +327,7 @@ def guarded(config: Config) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     end_with_launcher()
-    with lasting_streams():
+    with tolerate_closed_pipes():
         try:
             config = parse_config(sys.argv[1:] if argv is None else argv)
         except EXPECTED as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from semi_fast.cli import main
-from semi_fast.screen import check_taken, lasting_streams, without_reader
+from semi_fast.screen import check_taken, tolerate_closed_pipes, without_reader
 
 from .reliability.test_checkpoint_faults import largest_file
 from .synthetic_data import write_prepared
@@ -123,7 +123,7 @@ def test_a_reader_who_has_enough_is_no_error(
 def test_a_log_goes_on_once_there_is_room(tmp_path: Path, printing: Printing) -> None:
     """What is refused meanwhile is lost; the system writes what fits."""
     printing(tmp_path / "log")
-    with lasting_streams():
+    with tolerate_closed_pipes():
         print("before", flush=True)
         with largest_file(10):
             print("meanwhile", flush=True)
@@ -154,7 +154,7 @@ def test_a_pipe_that_does_not_block_gets_everything(printing: Printing) -> None:
             seen.extend(os.read(reading, 2**14))
 
     reader = threading.Thread(target=read, daemon=True)
-    with lasting_streams():
+    with tolerate_closed_pipes():
         threading.Timer(0.05, reader.start).start()  # the pipe is full by then, or not: both must do
         print(text, end="")
     reader.join(60)
@@ -170,7 +170,7 @@ def test_streams_that_are_closed_lead_nowhere_and_others_are_put_back(monkeypatc
         monkeypatch.setattr(sys, "stdout", None)
         os.close(1)
         before = sys.stderr
-        with lasting_streams():
+        with tolerate_closed_pipes():
             print("nowhere")
             assert not sys.stdout.isatty()
             assert os.path.samestat(os.fstat(1), os.stat(os.devnull))
