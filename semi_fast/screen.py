@@ -55,7 +55,7 @@ def tolerate_closed_pipes() -> Iterator[None]:
 
 
 def tolerant(stream: TextIO | None, number: int) -> TextIO:
-    """The stream, on a TolerantFile descriptor if it has one; None, which Python has for a closed one, leads nowhere."""
+    """The stream, on a TolerantFile if it has a descriptor; None, which Python has for a closed one, leads nowhere."""
     if stream is None:
         redirect_to_null(number)
         return open(number, "w", encoding="utf-8", closefd=False)
