@@ -45,8 +45,8 @@ from torch.utils._pytree import tree_map
 from benchmarks import measure
 from benchmarks.operations import CPU, as_on_a_gpu
 from benchmarks.step_cases import Shape, configured, data_of, open_engine
-from semi_fast.levels import Level, inductor_options
-from semi_fast.step import Compiler
+from semi_fast.loop.levels import Level, inductor_options
+from semi_fast.loop.step import Compiler
 
 CUDA = torch.device("cuda", 0)
 CUDNN = torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semi_fast import runlog
+from semi_fast.rundir import runlog
 
 RESAMPLES = 2000
 SPREAD = "quartiles over n repeats, interleaved; of a ratio the 95 % bootstrap interval of the median of paired ratios"

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.case import IMAGES, SEED, SLOTS, WIDTH, Case, Goal, Operation, repeated
 from benchmarks.measure import Work
 from benchmarks.reference import semi_step
-from semi_fast import memory_bank
+from semi_fast.methods import memory_bank
 
 SELECTED = 0.9  # share of the rows offered to the bank
 GOALS_OF_PUSH = {10: 8.0, 127: 4.0}  # by classes: how often the loop's CPU time must hold ours while the bank fills

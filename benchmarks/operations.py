@@ -27,19 +27,19 @@ import torch
 
 from benchmarks import measure
 from semi_fast.batch import RowLayout, Rows
-from semi_fast.ema import WeightAverage
+from semi_fast.loop.ema import WeightAverage
+from semi_fast.loop.metrics import Interval
+from semi_fast.loop.sampling import Batches, DeviceBatches
+from semi_fast.loop.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.methods import Environment, make_method
-from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.ops import door
 from semi_fast.pipelines.augment import Augmenter
-from semi_fast.sampling import Batches, DeviceBatches
 from semi_fast.schema.data import AugmentConfig
 from semi_fast.schema.method import MethodConfig
 from semi_fast.schema.model import EmaConfig, ModelConfig, OptimConfig
 from semi_fast.schema.semi import PRESETS, SemiConfig
 from semi_fast.screen import tolerate_closed_pipes
-from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 
 CPU = torch.device("cpu")
 COUNTS = (9, 8, 7, 6, 5, 4, 3, 2, 1, 1)

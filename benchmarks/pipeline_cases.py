@@ -25,11 +25,11 @@ from semi_fast.batch import RowLayout, Rows
 from semi_fast.data_prep.formats import Formats
 from semi_fast.data_prep.prepare import publish
 from semi_fast.data_prep.readers import Raw
-from semi_fast.manifest import Manifest, formats, load_manifest
+from semi_fast.loop.sampling import Batches
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.host import HostRows
 from semi_fast.pipelines.source import open_source, read_part
-from semi_fast.sampling import Batches
+from semi_fast.prepared.manifest import Manifest, formats, load_manifest
 from semi_fast.schema.data import AugmentConfig
 
 LAYOUT = RowLayout(labeled=64, unlabeled=64, strong_views=2)

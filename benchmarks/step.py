@@ -18,7 +18,7 @@ from benchmarks import measure, ops, step_cases
 from benchmarks.case import PAPER_EVALUATIONS, PAPER_STEPS, Goal
 from benchmarks.measure import Spread, Work, Write, paired_ratio, quartiles
 from benchmarks.step_cases import FLOOR_MS, PARTS, TRAFFIC, Peak, Rung, Runner, Shape
-from semi_fast.manifest import Manifest
+from semi_fast.prepared.manifest import Manifest
 
 MODELS = {"wrn_28_2": (32,), "resnet50_cifar": (32, 64)}
 RATIOS = {256: 1, 448: 2}

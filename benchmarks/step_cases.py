@@ -20,14 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import Work
 from semi_fast import train
 from semi_fast.batch import Rows
-from semi_fast.capture import rehearse
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.data_prep.prepare import publish
 from semi_fast.data_prep.readers import Raw
-from semi_fast.engine import Engine
-from semi_fast.levels import Level, compile_obstacle
-from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
+from semi_fast.loop.capture import rehearse
+from semi_fast.loop.engine import Engine
+from semi_fast.loop.levels import Level, compile_obstacle
 from semi_fast.methods.base import Loss
+from semi_fast.prepared.manifest import Manifest, Split, load_manifest, seal_split
 from semi_fast.processes import gather_rows, sums
 from semi_fast.schema.arguments import below, read_arguments
 from semi_fast.schema.config import Config, check

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from benchmarks import measure, pipelines, step_cases
 from benchmarks.reference.loop import ReferenceLoop, check_rendered
 from semi_fast.data_prep.long_tail import split_for
-from semi_fast.manifest import Manifest, Split, load_manifest, seal_split
+from semi_fast.prepared.manifest import Manifest, Split, load_manifest, seal_split
+from semi_fast.rundir.scores import scores
 from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.config import Config
-from semi_fast.scores import scores
 from semi_fast.train import build
 
 REFERENCE, OURS = "reference", "ours"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from semi_fast import philox
-from semi_fast.manifest import Manifest, Split, find_split, load_split, true_counts
+from semi_fast.prepared.manifest import Manifest, Split, find_split, load_split, true_counts
 from semi_fast.schema.ranges import must_hold
 from semi_fast.schema.split import RULES, Rule, SplitConfig, rules
 

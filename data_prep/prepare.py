@@ -34,8 +34,8 @@ from semi_fast.data_prep.taken_up import with_written
 from semi_fast.data_prep.writers.resident import write_resident
 from semi_fast.disk import fsync_directory, locked_descriptor, make_directory
 from semi_fast.errors import NO_SPACE
-from semi_fast.hashed_file import HashedFile
-from semi_fast.manifest import Manifest, kept_arrays, load_manifest, write_manifest
+from semi_fast.prepared.hashed_file import HashedFile
+from semi_fast.prepared.manifest import Manifest, kept_arrays, load_manifest, write_manifest
 
 DIGITS_RESOLUTION = 16
 FOLDER_RESOLUTION = 32

@@ -16,7 +16,7 @@ from semi_fast.data_prep.prepare import BAD_FILE, check_absent, hidden_directory
 from semi_fast.data_prep.readers.image_folder import is_ignored
 from semi_fast.data_prep.readers.prepared import read_prepared, renumbered
 from semi_fast.disk import make_directory
-from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, save_split, seal_split, verify_manifest
+from semi_fast.prepared.manifest import MANIFEST_FILE, Manifest, load_manifest, save_split, seal_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
 
 SPLIT_NAME = "prepared"

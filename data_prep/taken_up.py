@@ -14,7 +14,7 @@ import numpy as np
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.writers.resident import npy_header, part_lengths
 from semi_fast.disk import named
-from semi_fast.manifest import images_file
+from semi_fast.prepared.manifest import images_file
 
 LOG_FILE = "blocks.log"
 ENTRY = struct.Struct("<I32s")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semi_fast.manifest import Manifest, check_container
-from semi_fast.tfrecord import Records, index_path, open_records
+from semi_fast.prepared.manifest import Manifest, check_container
+from semi_fast.prepared.tfrecord import Records, index_path, open_records
 
 INPUT = "images"
 INSTALL = "pip install 'semi-fast[dali]'"

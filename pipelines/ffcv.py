@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from semi_fast.beton import Beton, beton_file, open_beton
-from semi_fast.manifest import Manifest, check_container
+from semi_fast.prepared.beton import Beton, beton_file, open_beton
+from semi_fast.prepared.manifest import Manifest, check_container
 
 STEPS_AHEAD = 16
 """Steps whose sample ids FFCV has been told."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semi_fast.manifest import Manifest
+from semi_fast.prepared.manifest import Manifest
 
 PATIENCE_SECONDS = 120.0
 """For the rows of one step; a first one may wait for compilers."""

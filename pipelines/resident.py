@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semi_fast.manifest import Manifest
+from semi_fast.prepared.manifest import Manifest
 
 
 class ResidentSource:

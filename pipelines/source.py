@@ -10,9 +10,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from semi_fast.manifest import Manifest, formats
 from semi_fast.pipelines.host import HostSource, MappedRows
 from semi_fast.pipelines.resident import ResidentSource
+from semi_fast.prepared.manifest import Manifest, formats
 
 FITS = 0.5
 """Of the free memory: what the pixels of a resident source may take."""

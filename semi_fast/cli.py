@@ -123,7 +123,7 @@ def run_command(argv: list[str]) -> int:
     """Carry out one command; returns the exit code."""
     if argv[:1] == ["train"]:
         config = parse_config(argv[1:])
-        from semi_fast.rundir import check_usable
+        from semi_fast.rundir.directory import check_usable
 
         check_usable(config)
         from semi_fast.train import guarded  # which takes seconds to load
@@ -143,12 +143,12 @@ def run_command(argv: list[str]) -> int:
     if others:
         raise ValueError(f"{name} does not take {' '.join(others)}; see semi-fast {name} --help")
     if name == "doctor":
-        from semi_fast.doctor import doctor
+        from semi_fast.commands.doctor import doctor
 
         doctor()
         return 0
     if name == "demo":
-        from semi_fast.demo import demo
+        from semi_fast.commands.demo import demo
 
         demo(Path(arguments["out"]) if arguments["out"] else None)
         return 0
@@ -159,7 +159,7 @@ def run_command(argv: list[str]) -> int:
         default = (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html"
         print(write_report(runs, Path(arguments["out"] or default)))
         return 0
-    from semi_fast.data_prep import commands
+    from semi_fast.commands import prepare as commands
 
     {"prepare": commands.prepare, "split": commands.split, "inspect": commands.inspect, "verify": commands.verify}[
         name
@@ -190,7 +190,7 @@ def run_reproduce(
     files, flags = ordered(others)
     if files:
         raise ValueError(f"reproduce takes the configuration of its cell; leave out --config {files[0]}")
-    from semi_fast.reproduce.command import reproduce
+    from semi_fast.commands.reproduce import reproduce
 
     reproduce(cell, seeds=parse_seeds(seeds), steps=steps, data=data, out=out, flags=flags)
     return 0
@@ -199,7 +199,7 @@ def run_reproduce(
 def run_sweep(others: list[str], *, files: list[str], seeds: str, out: str, per_device: int) -> int:
     """`semi-fast sweep`; `others` are keys of the configuration. 1 if a run failed, as a launcher has it."""
     more, flags = ordered(others)
-    from semi_fast.sweep import sweep
+    from semi_fast.commands.sweep import sweep
 
     failed = sweep([*files, *more], seeds=parse_seeds(seeds), out=Path(out), per_device=per_device, flags=flags)
     return 1 if failed else 0

@@ -18,36 +18,37 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-from semi_fast import disk, rundir, runlog
+from semi_fast import disk
 from semi_fast.batch import RowLayout
-from semi_fast.checkpoint import Checkpoint
 from semi_fast.data_prep.long_tail import split_for
-from semi_fast.ema import WeightAverage
-from semi_fast.engine import Engine
 from semi_fast.errors import EXPECTED, NonFiniteError, exit_code, one_line
-from semi_fast.evaluation import EvalSet, Evaluation
 from semi_fast.launch import started_alone
-from semi_fast.levels import ladder, switches
-from semi_fast.manifest import Manifest, Split, load_manifest, save_split, seal_split
+from semi_fast.loop.ema import WeightAverage
+from semi_fast.loop.engine import Engine
+from semi_fast.loop.evaluation import EvalSet, Evaluation
+from semi_fast.loop.levels import ladder, switches
+from semi_fast.loop.metrics import Interval
+from semi_fast.loop.preemption import Preemption, end_with_launcher
+from semi_fast.loop.sampling import Batches, first_visit_counts, label_tables
+from semi_fast.loop.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.methods import Environment, Method, make_method
-from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.models.sync_batch_norm import synchronise_batch_norm
 from semi_fast.ops.door import numbered
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.source import open_source, read_part
-from semi_fast.preemption import Preemption, end_with_launcher
+from semi_fast.prepared.manifest import Manifest, Split, load_manifest, save_split, seal_split
 from semi_fast.processes import all_or_none, lost_ones_named
 from semi_fast.report import check_page, write_report
-from semi_fast.sampling import Batches, first_visit_counts, label_tables
+from semi_fast.rundir import directory, runlog
+from semi_fast.rundir.checkpoint import Checkpoint
+from semi_fast.rundir.summary import summarise
+from semi_fast.rundir.trackers import log, tracked
 from semi_fast.schema.arguments import CHECKPOINTS, CONFIG_FILE, parse_config
 from semi_fast.schema.config import Config, identity, leaves
 from semi_fast.schema.yaml_file import dump
 from semi_fast.screen import tolerate_closed_pipes
 from semi_fast.sealed_json import read_json
-from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
-from semi_fast.summary import summarise
-from semi_fast.trackers import log, tracked
 
 PRECISION = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate's name -> ours
 VIEWS = {"fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,8 +59,8 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises ValueError for what the user must change, RuntimeError for the machine, NonFiniteError for numerics.
     """
-    rundir.check_usable(config)
-    fresh = rundir.run_dir_of(config) is None
+    directory.check_usable(config)
+    fresh = directory.run_dir_of(config) is None
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
     manifest = load_manifest(config.data.path)
@@ -77,20 +78,20 @@ def run(config: Config) -> dict[str, Any]:
         check_page(run_dir / "report.html")
         where = accelerator.device, config.precision, accelerator.num_processes
         environment = runlog.environment(*where, manifest.num_classes)
-        meta = rundir.provenance(config, manifest, split, environment)
-        saved = rundir.checkpoint_to_resume(
+        meta = directory.provenance(config, manifest, split, environment)
+        saved = directory.checkpoint_to_resume(
             run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")
         )
         with ExitStack() as stack:
             if fresh and accelerator.is_main_process:
-                stack.callback(rundir.remove_empty, run_dir)
+                stack.callback(directory.remove_empty, run_dir)
             engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
             accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
             preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
             with lost_ones_named(), all_or_none():
                 if accelerator.is_main_process:
-                    stack.enter_context(rundir.locked(run_dir, config.resume, saved))
-                trackers = run_dir / rundir.TRACKERS
+                    stack.enter_context(directory.locked(run_dir, config.resume, saved))
+                trackers = run_dir / directory.TRACKERS
                 stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
             stack.enter_context(lost_ones_named())
             parts = engine, config, manifest, split, accelerator, environment
@@ -106,9 +107,9 @@ def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> tup
     precision = config.precision
     if precision == "auto":
         precision = PRECISION[accelerator.mixed_precision.lower()]
-    run_dir = rundir.run_dir_of(config)
+    run_dir = directory.run_dir_of(config)
     if run_dir is None and accelerator.is_main_process:
-        run_dir = rundir.fresh_run_dir(config, manifest.dataset)  # which the others are told
+        run_dir = directory.fresh_run_dir(config, manifest.dataset)  # which the others are told
     run_dir = broadcast_object_list([str(run_dir)])[0]
     return replace(config, precision=precision, run_dir=run_dir), Path(run_dir)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from semi_fast import train
 from semi_fast.batch import Rows
-from semi_fast.engine import Engine
-from semi_fast.preemption import Preemption
+from semi_fast.loop.engine import Engine
+from semi_fast.loop.preemption import Preemption
+from semi_fast.loop.step import StepReport, TrainStep
 from semi_fast.schema.arguments import key_of
-from semi_fast.step import StepReport, TrainStep
 
 from .conftest import PATIENCE
 from .tiny import ARGUMENTS

@@ -15,7 +15,7 @@ from PIL import Image
 
 from semi_fast.data_prep.prepare import publish
 from semi_fast.data_prep.readers import Raw
-from semi_fast.manifest import Manifest
+from semi_fast.prepared.manifest import Manifest
 
 Sets = dict[str, tuple[np.ndarray, np.ndarray]]
 

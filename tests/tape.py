@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.measure import waits
-from semi_fast.capture import rehearse
+from semi_fast.loop.capture import rehearse
 
 
 class Tape(TorchDispatchMode):
@@ -44,7 +44,7 @@ class Tape(TorchDispatchMode):
 
 
 class Replay:
-    """Stands in for `semi_fast.capture.Graph`; recording computes, so what it changes is restored."""
+    """Stands in for `semi_fast.loop.capture.Graph`; recording computes, so what it changes is restored."""
 
     def __init__(self, work: Callable[[], None], pool: object):
         self.tape = Tape()

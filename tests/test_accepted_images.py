@@ -24,7 +24,7 @@ from semi_fast.data_prep.readers import decoding, ilsvrc, image_file
 from semi_fast.data_prep.readers.decoding import BadImagesError, decoded_blocks
 from semi_fast.data_prep.readers.image_file import Accepted, Recipe
 from semi_fast.data_prep.subset import inputs_digest
-from semi_fast.manifest import load_manifest, verify_manifest
+from semi_fast.prepared.manifest import load_manifest, verify_manifest
 
 from .synthetic_data import write_cifar10_binary, write_ilsvrc, write_image_folder, write_imagenet_batches
 from .test_readers import RGB, decode, encoded

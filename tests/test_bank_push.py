@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semi_fast import memory_bank
+from semi_fast.methods import memory_bank
 
 
 class OneByOne:

@@ -16,7 +16,7 @@ from benchmarks import measure, ops, view_cases
 from benchmarks.case import Case, Goal
 from benchmarks.measure import DispatchCounter, Spread, Work
 from benchmarks.reference import pillow_views, semi_step
-from semi_fast import memory_bank
+from semi_fast.methods import memory_bank
 from semi_fast.ops.draw_views import draw_views
 from semi_fast.ops.embedding_align import embedding_align
 from semi_fast.ops.masked_cross_entropy import masked_cross_entropy

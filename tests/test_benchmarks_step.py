@@ -12,7 +12,7 @@ import torch
 from benchmarks import step, step_cases
 from benchmarks.measure import Spread
 from benchmarks.step_cases import Rung, Runner, Shape
-from semi_fast.manifest import Manifest
+from semi_fast.prepared.manifest import Manifest
 
 CPU = torch.device("cpu")
 TINY = Shape("wrn_10_1", 16, 8, 1)

@@ -14,12 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from semi_fast import beton
-from semi_fast.beton import ENTRY, FIELD, HEADER, RECORD, RECORDS_AT, BetonFile, beton_file, layout_of, open_beton
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.writers.ffcv import FfcvWriter, needed_bytes
-from semi_fast.manifest import Manifest, file_sha256
 from semi_fast.pipelines.ffcv import FfcvRows, open_part, read_part
+from semi_fast.prepared import beton
+from semi_fast.prepared.beton import (
+    ENTRY,
+    FIELD,
+    HEADER,
+    RECORD,
+    RECORDS_AT,
+    BetonFile,
+    beton_file,
+    layout_of,
+    open_beton,
+)
+from semi_fast.prepared.manifest import Manifest, file_sha256
 
 SIZES = [(1, 1, 9), (5, 7, 4), (96, 96, 600), (224, 224, 60), (1024, 1024, 5), (1700, 1700, 2)]  # up to three pages
 

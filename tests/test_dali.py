@@ -23,9 +23,9 @@ from PIL import Image
 from semi_fast.data_prep.prepare import publish
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.writers.dali import DaliWriter
-from semi_fast.manifest import Manifest, file_sha256
+from semi_fast.loop.sampling import Batches
 from semi_fast.pipelines.dali import INSTALL, DaliRows, encoded_size, read_part
-from semi_fast.sampling import Batches
+from semi_fast.prepared.manifest import Manifest, file_sha256
 
 from .conftest import DEVICE, SHARED
 

@@ -17,7 +17,7 @@ from semi_fast import disk
 from semi_fast.cli import main
 from semi_fast.disk import check_free, fresh_directory, locked, locked_descriptor, publish_new
 from semi_fast.errors import described
-from semi_fast.manifest import load_manifest, load_split
+from semi_fast.prepared.manifest import load_manifest, load_split
 from semi_fast.train import guarded
 
 from .tiny import config

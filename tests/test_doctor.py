@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from semi_fast import doctor
 from semi_fast.cli import main
+from semi_fast.commands import doctor
 
 
 def test_what_is_there_is_ok(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from semi_fast import checkpoint
 from semi_fast.errors import NonFiniteError
-from semi_fast.manifest import load_manifest, load_split
-from semi_fast.sampling import label_tables
+from semi_fast.loop.sampling import label_tables
+from semi_fast.prepared.manifest import load_manifest, load_split
+from semi_fast.rundir import checkpoint
 from semi_fast.train import guarded, run
 
 from .tiny import config, on_device

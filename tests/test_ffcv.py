@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from semi_fast.beton import BetonFile, beton_file, open_beton
 from semi_fast.data_prep.formats import Formats
 from semi_fast.data_prep.prepare import publish
 from semi_fast.data_prep.readers import Raw
-from semi_fast.manifest import Manifest
+from semi_fast.loop.sampling import Batches
 from semi_fast.pipelines import ffcv as pipeline
 from semi_fast.pipelines.ffcv import STEPS_AHEAD, Feed, FfcvRows, ffcv_library
-from semi_fast.sampling import Batches
+from semi_fast.prepared.beton import BetonFile, beton_file, open_beton
+from semi_fast.prepared.manifest import Manifest
 
 from .conftest import PATIENCE, SHARED
 
@@ -388,7 +388,7 @@ PROGRAM = """
 import sys
 import numpy as np
 import numba, torch
-from semi_fast.manifest import load_manifest
+from semi_fast.prepared.manifest import load_manifest
 torch.set_num_threads(2)
 from semi_fast.pipelines.ffcv import FfcvRows
 manifest = load_manifest(sys.argv[1])

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from semi_fast.cli import main
-from semi_fast.manifest import formats, load_manifest, verify_manifest
 from semi_fast.pipelines.source import read_part
+from semi_fast.prepared.manifest import formats, load_manifest, verify_manifest
 from semi_fast.train import run
 
 from .libraries import needs

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, tensor
 from torch.nn.functional import cross_entropy
 
-from semi_fast import memory_bank
+from semi_fast.loop.schedule import cosine_7_16, ema_weight
+from semi_fast.methods import memory_bank
 from semi_fast.methods.base import Environment
 from semi_fast.models import make_classifier
 from semi_fast.ops.embedding_align import embedding_align
 from semi_fast.ops.pseudo_label import hardness_weight, prototype_probs, pseudo_label
-from semi_fast.schedule import cosine_7_16, ema_weight
 from semi_fast.schema.model import ModelConfig
 
 D = torch.float64

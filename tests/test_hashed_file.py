@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semi_fast.hashed_file import HashedFile
+from semi_fast.prepared.hashed_file import HashedFile
 
 
 def write(path: Path, pieces: list[bytes]) -> int:

@@ -30,7 +30,7 @@ from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, class_by_wn
 from semi_fast.data_prep.readers.kept_chunks import scratch_bytes
 from semi_fast.data_prep.restricted_unpickler import StoredArray, load_stored_dict
 from semi_fast.data_prep.writers.resident import needed_bytes
-from semi_fast.manifest import Manifest, load_manifest, verify_manifest
+from semi_fast.prepared.manifest import Manifest, load_manifest, verify_manifest
 from tests.conftest import PATIENCE
 from tests.synthetic_data import (
     imagenet_batches,

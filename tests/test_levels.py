@@ -17,17 +17,19 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from benchmarks import operations
-from semi_fast import checkpoint, levels, train
-from semi_fast.capture import WARM_UP, CaptureError, on_side_stream, rehearse
+from semi_fast import train
 from semi_fast.data_prep.long_tail import split_for
-from semi_fast.engine import Engine
-from semi_fast.levels import Level, ladder
-from semi_fast.manifest import load_manifest, seal_split
+from semi_fast.loop import levels
+from semi_fast.loop.capture import WARM_UP, CaptureError, on_side_stream, rehearse
+from semi_fast.loop.engine import Engine
+from semi_fast.loop.levels import Level, ladder
+from semi_fast.loop.step import TrainStep
 from semi_fast.ops import door
 from semi_fast.pipelines import source
+from semi_fast.prepared.manifest import load_manifest, seal_split
+from semi_fast.rundir import checkpoint
 from semi_fast.schema.config import Config
 from semi_fast.schema.engine import EngineConfig
-from semi_fast.step import TrainStep
 from semi_fast.train import guarded, run
 
 from . import generated, tape
@@ -272,7 +274,7 @@ def test_a_capture_notices_what_python_decides(
         calls.append(1)
         return torch.full((), base / len(calls), dtype=torch.float64, device=step.device)
 
-    monkeypatch.setattr("semi_fast.step.cosine_7_16", counted)
+    monkeypatch.setattr("semi_fast.loop.step.cosine_7_16", counted)
     flags = ("--method.name=supervised", "--engine.level=eager")
     run(on_device(digits, tmp_path / "eager", *flags))
     calls.clear()
@@ -289,7 +291,7 @@ def test_compiled_steps_are_traced_once_and_compute_the_same(
     eager = engine("--precision=fp64", *METHODS[method])
     torch._dynamo.reset()
     backend = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr("semi_fast.levels.torch.compile", lambda f, *, options, **kept: backend(f, **kept))
+    monkeypatch.setattr("semi_fast.loop.levels.torch.compile", lambda f, *, options, **kept: backend(f, **kept))
     compiled = engine("--precision=fp64", "--engine.level=compile", *METHODS[method])
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(20):
@@ -312,7 +314,7 @@ def test_the_form_that_a_gpu_compiles_is_traced_whole(
     """The same with kernels in place of references, as opaque operations, in float32."""
     torch._dynamo.reset()
     backend = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr("semi_fast.levels.torch.compile", lambda f, *, options, **kept: backend(f, **kept))
+    monkeypatch.setattr("semi_fast.loop.levels.torch.compile", lambda f, *, options, **kept: backend(f, **kept))
     with operations.as_on_a_gpu(), torch._dynamo.config.patch(error_on_recompile=True):
         eager = engine(*METHODS[method])
         compiled = engine("--engine.level=compile", *METHODS[method])
@@ -423,7 +425,7 @@ def test_a_run_leaves_torch_as_it_was_and_tells_the_compiler_of_its_own_code_alo
         assert torch.compiler.config.cache_key_tag.startswith("semi_fast ")
         return f
 
-    monkeypatch.setattr("semi_fast.levels.torch.compile", compile)
+    monkeypatch.setattr("semi_fast.loop.levels.torch.compile", compile)
     before = switches_of_torch()
     flags = ("--engine.level=compile", "--optim.steps=2", "--eval.every=2", "--method.name=supervised")
     run(config(digits, tmp_path / "a", "--engine.deterministic=true", *flags))
@@ -508,7 +510,7 @@ def test_a_capture_that_fails_ends_the_run_with_its_cause(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
     monkeypatch.setattr(levels, "rehearse", lambda *_, **__: None)
-    monkeypatch.setattr("semi_fast.evaluation.Evaluation.one_batch", refuse)
+    monkeypatch.setattr("semi_fast.loop.evaluation.Evaluation.one_batch", refuse)
     assert guarded(config(digits, tmp_path / "run")) == 3
     error = capsys.readouterr().err.strip()
     assert error == (

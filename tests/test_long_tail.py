@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from semi_fast import philox
 from semi_fast.data_prep import long_tail
 from semi_fast.data_prep.long_tail import RULES, class_counts, make_split, split_for
-from semi_fast.manifest import Manifest, check_split, save_split
+from semi_fast.prepared.manifest import Manifest, check_split, save_split
 from semi_fast.schema.split import SplitConfig
 from tests.conftest import SHARED
 from tests.synthetic_data import write_prepared

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from semi_fast.data_prep.long_tail import make_split
-from semi_fast.manifest import Manifest, Split, find_split, load_manifest, load_split, save_split, verify_manifest
+from semi_fast.prepared.manifest import (
+    Manifest,
+    Split,
+    find_split,
+    load_manifest,
+    load_split,
+    save_split,
+    verify_manifest,
+)
 from semi_fast.schema.split import SplitConfig
 from semi_fast.sealed_json import digest, read_json
 from tests.synthetic_data import write_prepared

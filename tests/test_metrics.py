@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, recall_score
 
-from semi_fast.metrics import Interval, add_pairs
-from semi_fast.scores import class_groups, scores
+from semi_fast.loop.metrics import Interval, add_pairs
+from semi_fast.rundir.scores import class_groups, scores
 
 
 def test_scores_equal_scikit_learn() -> None:

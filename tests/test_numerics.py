@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from semi_fast import memory_bank
 from semi_fast.batch import Outputs, RowLayout, Rows, split_rows
-from semi_fast.ema import WeightAverage
-from semi_fast.evaluation import EvalSet, Evaluation
-from semi_fast.methods import Environment, make_method
+from semi_fast.loop.ema import WeightAverage
+from semi_fast.loop.evaluation import EvalSet, Evaluation
+from semi_fast.loop.metrics import Interval
+from semi_fast.loop.schedule import ema_weight
+from semi_fast.loop.step import NEVER, TrainState, TrainStep, make_optimizer
+from semi_fast.methods import Environment, make_method, memory_bank
 from semi_fast.methods.semi import SeMi
-from semi_fast.metrics import Interval
 from semi_fast.models.classifier import Classifier
 from semi_fast.ops.bank_push import kernel as push_kernel
 from semi_fast.ops.bank_push import reference as push_reference
@@ -28,10 +29,8 @@ from semi_fast.ops.masked_cross_entropy import reference as entropy_reference
 from semi_fast.ops.pseudo_label import PseudoLabels, hardness_weight
 from semi_fast.ops.pseudo_label import kernel as label_kernel
 from semi_fast.ops.pseudo_label import reference as label_reference
-from semi_fast.schedule import ema_weight
 from semi_fast.schema.method import FixMatchConfig, MethodConfig, SemiConfig
 from semi_fast.schema.model import EmaConfig, OptimConfig
-from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 
 from .conftest import DEVICE
 from .test_methods import CONFIGS, batch

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from semi_fast.batch import Outputs, RowLayout, Rows
-from semi_fast.ema import WeightAverage
+from semi_fast.loop.ema import WeightAverage
+from semi_fast.loop.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.methods import make_method
 from semi_fast.schema.method import MethodConfig
 from semi_fast.schema.model import EmaConfig, OptimConfig
-from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 
 D = torch.float64
 OPTIM = OptimConfig(steps=7, lr=0.5, momentum=0.9, weight_decay=0.1)

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from semi_fast import memory_bank
 from semi_fast.batch import Outputs, RowLayout, Rows, split_rows
-from semi_fast.manifest import load_manifest
-from semi_fast.methods import Environment, make_method
+from semi_fast.loop.sampling import Batches
+from semi_fast.methods import Environment, make_method, memory_bank
 from semi_fast.pipelines.augment import Augmenter
 from semi_fast.pipelines.resident import ResidentSource
-from semi_fast.sampling import Batches
+from semi_fast.prepared.manifest import load_manifest
 from semi_fast.schema.data import AugmentConfig
 from semi_fast.schema.method import MethodConfig, SemiConfig
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from semi_fast import preemption
 from semi_fast.cli import main
-from semi_fast.preemption import Preemption
+from semi_fast.loop import preemption
+from semi_fast.loop.preemption import Preemption
 from semi_fast.train import run
 
 from .conftest import PATIENCE

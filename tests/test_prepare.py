@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from semi_fast.cli import main
-from semi_fast.data_prep import commands, prepare
+from semi_fast.commands import prepare as commands
+from semi_fast.data_prep import prepare
 from semi_fast.data_prep.prepare import (
     hidden_directory,
     prepare_cifar10,
@@ -27,7 +28,7 @@ from semi_fast.data_prep.prepare import (
 )
 from semi_fast.data_prep.readers.cifar import read_cifar
 from semi_fast.data_prep.writers.resident import statistics
-from semi_fast.manifest import load_manifest, verify_manifest
+from semi_fast.prepared.manifest import load_manifest, verify_manifest
 from tests.synthetic_data import (
     cifar_sets,
     images_of,
@@ -357,7 +358,7 @@ def test_a_split_name_is_a_plain_file_name(tmp_path: Path, name: str) -> None:
 
 
 def test_preparing_needs_no_torch() -> None:
-    code = "import sys, semi_fast.data_prep.commands; sys.exit(len({'torch', 'sklearn', 'timm'} & set(sys.modules)))"
+    code = "import sys, semi_fast.commands.prepare; sys.exit(len({'torch', 'sklearn', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

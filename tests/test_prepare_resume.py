@@ -16,8 +16,8 @@ import pytest
 from semi_fast.cli import main
 from semi_fast.data_prep.readers import downsampled_imagenet, stl10
 from semi_fast.data_prep.subset import inputs_digest
-from semi_fast.hashed_file import HashedFile
-from semi_fast.manifest import load_manifest, verify_manifest
+from semi_fast.prepared.hashed_file import HashedFile
+from semi_fast.prepared.manifest import load_manifest, verify_manifest
 
 from .synthetic_data import write_cifar10_binary, write_ilsvrc, write_imagenet_batches, write_stl10
 
@@ -30,7 +30,7 @@ from semi_fast.cli import main
 from semi_fast.data_prep.readers import cifar, downsampled_imagenet, stl10
 from semi_fast.data_prep.writers import resident
 from semi_fast.data_prep.subset import inputs_digest
-from semi_fast.hashed_file import HashedFile
+from semi_fast.prepared.hashed_file import HashedFile
 
 if __name__ == "__main__":
     stl10.COUNTS = {"train": 30, "test": 20, "unlabeled": 60}

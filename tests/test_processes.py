@@ -24,14 +24,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semi_fast import preemption, processes, train
+from semi_fast import processes, train
 from semi_fast.batch import Rows
-from semi_fast.evaluation import EvalSet, Evaluation
+from semi_fast.loop import preemption
+from semi_fast.loop.evaluation import EvalSet, Evaluation
+from semi_fast.loop.preemption import Preemption
+from semi_fast.loop.step import StepReport, TrainStep
 from semi_fast.methods import semi
 from semi_fast.methods.base import Loss
 from semi_fast.ops.pseudo_label import PseudoLabels
-from semi_fast.preemption import Preemption
-from semi_fast.step import StepReport, TrainStep
 
 from .libraries import needs
 from .ranks import Rank, run_of

@@ -16,12 +16,12 @@ import yaml
 
 import semi_fast.train
 from semi_fast.cli import main, parse_config
+from semi_fast.commands.reproduce import configured, prepared, shortened
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.disk import locked
-from semi_fast.manifest import Manifest
 from semi_fast.methods import make_method
+from semi_fast.prepared.manifest import Manifest
 from semi_fast.reproduce.cells import CONFIGS, Cell, cells, document, find
-from semi_fast.reproduce.command import configured, prepared, shortened
 from semi_fast.reproduce.compare import against_paper, verdict
 from semi_fast.reproduce.generate import configurations
 from semi_fast.schema.config import Config, check, leaves, plain

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semi_fast.loop.sampling import Batches, DeviceBatches, Stream
 from semi_fast.philox import ORDER_LABELED, ORDER_UNLABELED
-from semi_fast.sampling import Batches, DeviceBatches, Stream
 
 LABELED, UNLABELED = np.arange(0, 70, 5), np.arange(3, 60)
 

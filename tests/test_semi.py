@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.reference import semi_step
-from semi_fast import memory_bank
 from semi_fast.batch import Outputs, RowLayout, Rows
 from semi_fast.cli import parse_config
-from semi_fast.methods import Environment, make_method, released_semi
+from semi_fast.methods import Environment, make_method, memory_bank, released_semi
 from semi_fast.methods.semi import SeMi
 from semi_fast.ops.pseudo_label.reference import mix, prototype_probs
 from semi_fast.schema.config import check
@@ -380,7 +379,7 @@ def test_official_runs_in_one_process(digits: Path) -> None:
     from types import SimpleNamespace
 
     from semi_fast.data_prep.long_tail import split_for
-    from semi_fast.manifest import load_manifest, seal_split
+    from semi_fast.prepared.manifest import load_manifest, seal_split
     from semi_fast.train import divided
 
     tiny = config(digits, None, *OFFICIAL, "--method.semi.warmup_epochs=1", "--method.semi.bank_decay_every=3")

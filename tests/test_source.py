@@ -17,11 +17,11 @@ import torch
 
 from semi_fast import train
 from semi_fast.data_prep.long_tail import split_for
-from semi_fast.manifest import Manifest, load_manifest, seal_split
+from semi_fast.loop.sampling import Batches
 from semi_fast.pipelines import host, source
 from semi_fast.pipelines.host import HostSource, MappedRows
 from semi_fast.pipelines.source import open_source, read_part
-from semi_fast.sampling import Batches
+from semi_fast.prepared.manifest import Manifest, load_manifest, seal_split
 from semi_fast.train import run
 
 from .tiny import config

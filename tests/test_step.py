@@ -14,23 +14,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semi_fast.batch import RowLayout, Rows
-from semi_fast.ema import WeightAverage
-from semi_fast.engine import Engine
-from semi_fast.evaluation import EvalSet, Evaluation
+from semi_fast.loop.ema import WeightAverage
+from semi_fast.loop.engine import Engine
+from semi_fast.loop.evaluation import EvalSet, Evaluation
+from semi_fast.loop.metrics import Interval
+from semi_fast.loop.sampling import Batches
+from semi_fast.loop.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.methods import Environment, make_method
-from semi_fast.metrics import Interval
 from semi_fast.models import make_classifier
 from semi_fast.ops import door
 from semi_fast.ops.rand_augment import normalise
 from semi_fast.ops.rand_augment.reference import affine_table
 from semi_fast.pipelines.augment import Augmenter
-from semi_fast.sampling import Batches
 from semi_fast.schema.config import Config
 from semi_fast.schema.data import AugmentConfig
 from semi_fast.schema.method import MethodConfig, SemiConfig
 from semi_fast.schema.model import EmaConfig, ModelConfig, OptimConfig
 from semi_fast.schema.semi import PRESETS
-from semi_fast.step import NEVER, TrainState, TrainStep, make_optimizer
 
 COUNTS = (9, 8, 7, 6, 5, 4, 3, 2, 1, 1)
 METHODS = {
@@ -47,7 +47,7 @@ def program(options: MethodConfig, device: torch.device) -> tuple[TrainStep, Cal
     needs = method.needs
     with device:
         model, twin = (make_classifier(ModelConfig(name="wrn_10_2"), 10, needs.heads, (32, 32)) for _ in range(2))
-    with patch("semi_fast.ema.copy.deepcopy", return_value=twin):  # which copies the fake mode too
+    with patch("semi_fast.loop.ema.copy.deepcopy", return_value=twin):  # which copies the fake mode too
         average = WeightAverage(model)
     state = TrainState(
         model=model,

@@ -14,7 +14,7 @@ from PIL import Image
 from semi_fast.cli import main
 from semi_fast.data_prep.prepare import prepare_stl10
 from semi_fast.data_prep.readers import stl10
-from semi_fast.manifest import load_manifest, verify_manifest
+from semi_fast.prepared.manifest import load_manifest, verify_manifest
 from tests.synthetic_data import STL10_NAMES, stl10_sets, write_stl10
 
 COUNTS = {"train": 30, "test": 20, "unlabeled": 7}

@@ -12,7 +12,7 @@ import pytest
 
 from semi_fast.cli import main
 from semi_fast.data_prep.long_tail import make_split
-from semi_fast.manifest import load_manifest, load_split, verify_manifest
+from semi_fast.prepared.manifest import load_manifest, load_split, verify_manifest
 from semi_fast.schema.split import RULES, SplitConfig
 
 from .reliability.forked import forked

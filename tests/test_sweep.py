@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from semi_fast import sweep as module
 from semi_fast.cli import main
+from semi_fast.commands import sweep as module
+from semi_fast.commands.reproduce import finished
+from semi_fast.commands.sweep import devices, sweep
 from semi_fast.disk import locked
-from semi_fast.reproduce.command import finished
 from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.yaml_file import dump
-from semi_fast.sweep import devices, sweep
 
 from .conftest import PATIENCE
 from .tiny import FILE

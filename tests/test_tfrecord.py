@@ -16,7 +16,7 @@ from PIL import Image
 
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.writers import dali
-from semi_fast.tfrecord import (
+from semi_fast.prepared.tfrecord import (
     BLOCK,
     INDEX_LINE_BYTES,
     RECORD_OVERHEAD_BYTES,

@@ -10,8 +10,8 @@ from accelerate import tracking
 from accelerate.tracking import WandBTracker
 from accelerate.utils import LoggerType
 
-from semi_fast import trackers
 from semi_fast.cli import main
+from semi_fast.rundir import trackers
 
 from .tiny import ARGUMENTS
 

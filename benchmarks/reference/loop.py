@@ -30,12 +30,12 @@ from torch.nn.functional import cross_entropy
 from benchmarks.reference import pillow_loaders, semi_step
 from benchmarks.reference.pillow_loaders import Loaded
 from semi_fast.batch import RowLayout, split_rows
-from semi_fast.manifest import Manifest, Split
 from semi_fast.methods.base import class_prior, log_power
 from semi_fast.models import make_classifier
+from semi_fast.prepared.manifest import Manifest, Split
+from semi_fast.rundir.scores import scores
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.semi import SemiConfig
-from semi_fast.scores import scores
 
 RENDERED = """
 threshold hardness_scale mixing prototype_temperature bank_slots bank_decay bank_decay_every bank_decay_scope

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks.pipeline_cases import ENDLESS, Samples
 from benchmarks.reference import pillow_views
-from semi_fast.manifest import Manifest, Split
 from semi_fast.pipelines.source import read_part
+from semi_fast.prepared.manifest import Manifest, Split
 from semi_fast.schema.config import Config
 
 EVALUATED = 64  # images of a forward of the released evaluation

@@ -23,7 +23,7 @@ from semi_fast.data_prep.readers import Raw, check_count, name_of
 from semi_fast.data_prep.readers.imagenet_classes import STATISTICS, load_table
 from semi_fast.data_prep.readers.kept_chunks import identity
 from semi_fast.data_prep.restricted_unpickler import StoredArray, load_stored_dict
-from semi_fast.manifest import file_sha256
+from semi_fast.prepared.manifest import file_sha256
 
 TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
 VAL = "val_data"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from semi_fast.data_prep.readers import Raw
-from semi_fast.manifest import Manifest, Split
+from semi_fast.prepared.manifest import Manifest, Split
 
 BLOCK_BYTES = 2**24
 

@@ -14,7 +14,7 @@ from PIL import Image
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.writers.resident import part_lengths
 from semi_fast.disk import fsync_directory
-from semi_fast.tfrecord import INDEX_LINE_BYTES, RECORD_OVERHEAD_BYTES, RecordFile
+from semi_fast.prepared.tfrecord import INDEX_LINE_BYTES, RECORD_OVERHEAD_BYTES, RecordFile
 
 FOLDER = "dali"
 SHARD_ROWS = 2**15  # 100 MiB of 32x32 pixels

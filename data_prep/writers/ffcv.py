@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from semi_fast.beton import BetonFile, beton_file, layout_of
 from semi_fast.data_prep.readers import Raw
 from semi_fast.disk import fsync_directory
+from semi_fast.prepared.beton import BetonFile, beton_file, layout_of
 
 NO_LABEL = -1
 

@@ -18,8 +18,8 @@ import numpy as np
 from semi_fast.data_prep.readers import Raw
 from semi_fast.data_prep.writers import Writer
 from semi_fast.disk import fsync_directory
-from semi_fast.hashed_file import HashedFile
-from semi_fast.manifest import images_file, labels_file
+from semi_fast.prepared.hashed_file import HashedFile
+from semi_fast.prepared.manifest import images_file, labels_file
 
 MARGIN_BYTES = 2**20  # array headers and the manifest
 ROW_DIGEST_BYTES = 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from semi_fast.batch import RowLayout
-from semi_fast.memory_bank import State, numbers
+from semi_fast.methods.memory_bank import State, numbers
 
 
 def scrambled(features: Tensor, layout: RowLayout) -> Tensor:

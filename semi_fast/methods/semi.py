@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from semi_fast import memory_bank, processes
+from semi_fast import processes
 from semi_fast.batch import Outputs, Rows, SplitRows, split_rows
-from semi_fast.methods import released_semi
+from semi_fast.methods import memory_bank, released_semi
 from semi_fast.methods.base import Environment, Loss, Needs, State, class_prior, fraction, log_power
 from semi_fast.ops.embedding_align import embedding_align
 from semi_fast.ops.masked_cross_entropy import masked_cross_entropy

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from semi_fast.rundir.scores import class_groups
 from semi_fast.schema.arguments import CONFIG_FILE
-from semi_fast.scores import class_groups
 
 METRICS = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few")
 COUNTS = ("seen", "used", "correct", "predicted")

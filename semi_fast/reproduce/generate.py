@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from semi_fast.reproduce.cells import CONFIGS, RUNS, Cell, cells
+from semi_fast.rundir.summary import AVERAGED
 from semi_fast.schema.config import Config
-from semi_fast.summary import AVERAGED
 
 WIDTH = 120
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from semi_fast import runlog
+from semi_fast.rundir import runlog
 
 FULL = os.environ.get("SEMI_FAST_RELIABILITY") == "full"
 COMMIT = runlog.commit() if FULL else ""  # before a figure changes the checkout

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from semi_fast import checkpoint
+from semi_fast.rundir import checkpoint
 from semi_fast.train import guarded, run
 from tests.tiny import config
 

@@ -17,9 +17,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from semi_fast import checkpoint, train
+from semi_fast import train
 from semi_fast.cli import main
-from semi_fast.manifest import load_manifest
+from semi_fast.prepared.manifest import load_manifest
+from semi_fast.rundir import checkpoint
 from semi_fast.sealed_json import read_json
 from semi_fast.train import guarded, run
 from tests.conftest import PATIENCE

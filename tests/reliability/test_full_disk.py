@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from semi_fast import disk, manifest, train
-from semi_fast.checkpoint import TENSORS, newest, published
-from semi_fast.rundir import locked
-from semi_fast.runlog import MetricsFile
+from semi_fast import disk, train
+from semi_fast.prepared import manifest
+from semi_fast.rundir.checkpoint import TENSORS, newest, published
+from semi_fast.rundir.directory import locked
+from semi_fast.rundir.runlog import MetricsFile
 from semi_fast.train import guarded, run
 from tests.test_engine import records
 from tests.tiny import config

@@ -16,20 +16,27 @@ import numpy as np
 import pytest
 import torch
 
-from semi_fast import checkpoint
-from semi_fast.beton import open_beton
 from semi_fast.cli import parse_config
 from semi_fast.data_prep.formats import FORMATS, Formats
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.data_prep.prepare import prepare_digits
 from semi_fast.errors import EXPECTED
-from semi_fast.manifest import check_container, file_sha256, load_manifest, load_split, save_split, split_document
 from semi_fast.pipelines import ffcv
+from semi_fast.prepared.beton import open_beton
+from semi_fast.prepared.manifest import (
+    check_container,
+    file_sha256,
+    load_manifest,
+    load_split,
+    save_split,
+    split_document,
+)
+from semi_fast.prepared.tfrecord import open_records
+from semi_fast.rundir import checkpoint
 from semi_fast.schema.config import check
 from semi_fast.schema.split import SplitConfig
 from semi_fast.schema.yaml_file import dump
 from semi_fast.sealed_json import digest
-from semi_fast.tfrecord import open_records
 from tests.tiny import config
 
 from .figures import amount, record

@@ -21,7 +21,7 @@ from semi_fast.cli import main
 from semi_fast.data_prep import prepare
 from semi_fast.data_prep.readers.image_file import Accepted, Recipe, read_image
 from semi_fast.data_prep.readers.image_folder import cropped
-from semi_fast.manifest import load_manifest, verify_manifest
+from semi_fast.prepared.manifest import load_manifest, verify_manifest
 from tests.reliability.figures import amount, record
 from tests.reliability.forked import forked
 from tests.synthetic_data import images_of, write_image_folder

@@ -14,7 +14,7 @@ import pytest
 
 from semi_fast.cli import main
 from semi_fast.data_prep.readers import stl10
-from semi_fast.manifest import load_manifest, load_split, verify_manifest
+from semi_fast.prepared.manifest import load_manifest, load_split, verify_manifest
 from tests.reliability.figures import amount, record
 from tests.reliability.forked import Ended, forked
 from tests.synthetic_data import write_cifar10_binary, write_image_folder, write_stl10

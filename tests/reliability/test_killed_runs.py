@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from semi_fast import train
-from semi_fast.checkpoint import META, TENSORS, published
 from semi_fast.disk import write_text
-from semi_fast.engine import Engine
-from semi_fast.manifest import file_sha256, load_manifest, load_split
+from semi_fast.loop.engine import Engine
+from semi_fast.loop.sampling import Stream
 from semi_fast.models import classifier
 from semi_fast.philox import ORDER_LABELED, ORDER_UNLABELED
-from semi_fast.sampling import Stream
+from semi_fast.prepared.manifest import file_sha256, load_manifest, load_split
+from semi_fast.rundir.checkpoint import META, TENSORS, published
 from semi_fast.schema.config import Config
 from tests.reliability.figures import FULL, amount, record
 from tests.reliability.forked import Ended, forked

@@ -17,10 +17,10 @@ import torch
 
 from semi_fast.data_prep.formats import Formats
 from semi_fast.data_prep.prepare import prepare_digits
-from semi_fast.manifest import Manifest
+from semi_fast.loop.sampling import Batches
 from semi_fast.pipelines import source
 from semi_fast.pipelines.source import open_source
-from semi_fast.sampling import Batches
+from semi_fast.prepared.manifest import Manifest
 from tests.conftest import PATIENCE
 from tests.libraries import needs
 from tests.reliability.figures import amount, record

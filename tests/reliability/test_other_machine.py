@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from semi_fast import runlog, train
+from semi_fast import train
 from semi_fast.cli import main
+from semi_fast.rundir import runlog
 from semi_fast.train import guarded, run
 from tests.libraries import needs
 from tests.tiny import config

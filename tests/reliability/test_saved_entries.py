@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from semi_fast import checkpoint, train
-from semi_fast.manifest import file_sha256
-from semi_fast.runlog import DECISIVE
+from semi_fast import train
+from semi_fast.prepared.manifest import file_sha256
+from semi_fast.rundir import checkpoint
+from semi_fast.rundir.runlog import DECISIVE
 from semi_fast.schema.config import leaves
 from semi_fast.train import guarded, run
 from tests.test_engine import records
@@ -249,7 +250,7 @@ def test_every_single_entry_beside_the_tensors_is_needed(long_on_its_way: Path, 
 
 def test_an_entry_that_is_missing_is_refused_in_one_line(long_on_its_way: Path, digits: Path) -> None:
     """At the door, where nothing has been written: as `train.run` asks."""
-    from semi_fast.rundir import check_same_run
+    from semi_fast.rundir.directory import check_same_run
 
     saved = checkpoint.load(long_on_its_way / "checkpoints" / FIRST)
     mine = {key: saved.meta[key] for key in ("config", "data_sha256", "pixels_sha256", "split_sha256", "environment")}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from semi_fast import train
-from semi_fast.checkpoint import MANIFEST, META, TENSORS
 from semi_fast.cli import main
+from semi_fast.rundir.checkpoint import MANIFEST, META, TENSORS
 from tests.tiny import config
 
 from .forked import forked

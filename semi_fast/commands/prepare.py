@@ -28,7 +28,7 @@ from semi_fast.data_prep.prepare import (
 )
 from semi_fast.data_prep.readers.image_file import REFUSED, Accepted
 from semi_fast.data_prep.subset import inputs_digest, prepare_subset
-from semi_fast.manifest import Manifest, Split, load_manifest, load_split, save_split, verify_manifest
+from semi_fast.prepared.manifest import Manifest, Split, load_manifest, load_split, save_split, verify_manifest
 from semi_fast.schema.split import SplitConfig
 
 DATASETS = ("cifar10", "cifar100", "stl10", "imagenet127", "folder", "digits")

@@ -19,7 +19,7 @@ from torch import Tensor
 from semi_fast import disk
 from semi_fast.disk import fsync_directory, make_directory
 from semi_fast.errors import described
-from semi_fast.manifest import file_sha256
+from semi_fast.prepared.manifest import file_sha256
 from semi_fast.sealed_json import read_json
 
 TENSORS, META, MANIFEST = "state.safetensors", "meta.json", "manifest.json"

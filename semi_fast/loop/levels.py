@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from semi_fast import processes
-from semi_fast.capture import CaptureError, Graph, memory_pool, rehearse
-from semi_fast.evaluation import Evaluation
+from semi_fast.loop.capture import CaptureError, Graph, memory_pool, rehearse
+from semi_fast.loop.evaluation import Evaluation
+from semi_fast.loop.step import AUTOCAST, Compiler, TrainStep
 from semi_fast.ops import door
 from semi_fast.schema.engine import EngineConfig
-from semi_fast.step import AUTOCAST, Compiler, TrainStep
 
 GIB = 2**30
 NO_MEMORY = re.compile(r"(?i)\bout of memory\b|STATUS_(ALLOC_FAILED|INTERNAL_ERROR_\w*ALLOCATION_FAILED)")

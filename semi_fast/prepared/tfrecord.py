@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from semi_fast.hashed_file import HashedFile
+from semi_fast.prepared.hashed_file import HashedFile
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli's, lowest bit = highest power
 BLOCK = 512  # bytes looked up at once; the table is then half a MiB and stays in the cache

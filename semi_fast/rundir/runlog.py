@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from semi_fast.disk import no_link, sync, writing
-from semi_fast.manifest import Manifest, Split
 from semi_fast.ops.door import backend
+from semi_fast.prepared.manifest import Manifest, Split
 from semi_fast.schema.config import Config, leaves
 
 PACKAGES = (

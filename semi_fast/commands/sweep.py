@@ -15,11 +15,11 @@ from typing import Any
 from semi_fast.disk import check_directory, locked
 from semi_fast.launch import LAUNCHED, check_environment
 from semi_fast.report import check_page, write_report
+from semi_fast.rundir.trackers import check_trackers
 from semi_fast.schema.arguments import key_of, parse_config, read_arguments
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.effects import without_effect
 from semi_fast.sealed_json import read_json
-from semi_fast.trackers import check_trackers
 
 OWNED = {"seed": "--seeds", "run_dir": "--out", "resume": "nothing: an unfinished run is always resumed"}
 PAGE = "report.html"
@@ -123,9 +123,9 @@ def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Se
 
 def summary_of(cell: Cell) -> dict[str, Any] | None:
     """The summary of the run if it is finished; ValueError if another one is in its place."""
+    from semi_fast.commands.reproduce import finished
     from semi_fast.data_prep.long_tail import split_for
-    from semi_fast.manifest import load_manifest, seal_split
-    from semi_fast.reproduce.command import finished
+    from semi_fast.prepared.manifest import load_manifest, seal_split
 
     if not (cell.run_dir / "summary.json").is_file():
         return None

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from semi_fast.hashed_file import HashedFile
+from semi_fast.prepared.hashed_file import HashedFile
 
 VERSION = 2
 RAW_MODE = 1

@@ -12,13 +12,13 @@ from typing import Any
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.disk import check_directory, locked, write_json
 from semi_fast.launch import check_environment
-from semi_fast.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
+from semi_fast.prepared.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
 from semi_fast.report.compare import Table
 from semi_fast.reproduce.cells import Cell, find
 from semi_fast.reproduce.compare import against_paper, mean_of, verdict
+from semi_fast.rundir.trackers import check_trackers
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import read_json
-from semi_fast.trackers import check_trackers
 
 OWNED = {
     "seed": "--seeds",

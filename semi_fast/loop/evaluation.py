@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from semi_fast import processes
-from semi_fast.metrics import add_pairs
+from semi_fast.loop.metrics import add_pairs
 
 BATCH = {"cuda": 512, "cpu": 64}  # a CPU's caches hold the activations of no more
 

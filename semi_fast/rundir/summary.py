@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from semi_fast.batch import RowLayout
-from semi_fast.manifest import Manifest, Split
-from semi_fast.runlog import Clock, MetricsFile
+from semi_fast.prepared.manifest import Manifest, Split
+from semi_fast.rundir.runlog import Clock, MetricsFile
 from semi_fast.schema.config import Config, leaves, plain
 
 AVERAGED = 20

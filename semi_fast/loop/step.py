@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from semi_fast import processes
 from semi_fast.batch import Outputs, Rows
-from semi_fast.ema import WeightAverage
+from semi_fast.loop.ema import WeightAverage
+from semi_fast.loop.schedule import cosine_7_16, ema_weight
 from semi_fast.methods.base import Loss, Method, State
-from semi_fast.schedule import cosine_7_16, ema_weight
 from semi_fast.schema.model import EmaConfig, OptimConfig
 
 NEVER = torch.iinfo(torch.int64).max

@@ -11,19 +11,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from semi_fast import checkpoint, processes
+from semi_fast import processes
 from semi_fast.batch import RowLayout, Rows
-from semi_fast.capture import WARM_UP, Graph
 from semi_fast.errors import NonFiniteError
-from semi_fast.evaluation import Evaluation
-from semi_fast.levels import Level, settle
-from semi_fast.metrics import Interval
-from semi_fast.preemption import Preemption, stop
-from semi_fast.runlog import Clock, MetricsFile, Screen, changes
-from semi_fast.sampling import Batches, DeviceBatches
+from semi_fast.loop.capture import WARM_UP, Graph
+from semi_fast.loop.evaluation import Evaluation
+from semi_fast.loop.levels import Level, settle
+from semi_fast.loop.metrics import Interval
+from semi_fast.loop.preemption import Preemption, stop
+from semi_fast.loop.sampling import Batches, DeviceBatches
+from semi_fast.loop.step import NEVER, Compiler, TrainStep
+from semi_fast.rundir import checkpoint
+from semi_fast.rundir.runlog import Clock, MetricsFile, Screen, changes
+from semi_fast.rundir.scores import scores
 from semi_fast.schema.config import Config
-from semi_fast.scores import scores
-from semi_fast.step import NEVER, Compiler, TrainStep
 
 MOST_NOT_SAVED = 3
 """Checkpoints in a row that the disk may refuse before the run ends."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semi_fast.manifest import Manifest, Split
 from semi_fast.philox import ORDER_LABELED, ORDER_UNLABELED, philox, shuffled
+from semi_fast.prepared.manifest import Manifest, Split
 
 STEPS_AT_ONCE = 16
 """For how many steps at least the orders on the device are made together."""

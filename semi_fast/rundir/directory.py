@@ -14,14 +14,14 @@ from semi_fast import disk
 from semi_fast.disk import fresh_directory, write_json
 from semi_fast.errors import described, exit_code
 from semi_fast.launch import check_environment
-from semi_fast.manifest import Manifest, Split, formats
+from semi_fast.prepared.manifest import Manifest, Split, formats
+from semi_fast.rundir.trackers import check_trackers
 from semi_fast.schema.arguments import CHECKPOINTS, CONFIG_FILE, run_of
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import digest
-from semi_fast.trackers import check_trackers
 
 if TYPE_CHECKING:  # with torch, which takes seconds; whether a directory may be used is asked before
-    from semi_fast import checkpoint
+    from semi_fast.rundir import checkpoint
 
 LOCK, STATUS, TRACKERS = "run.lock", "status.json", "trackers"
 BEFORE = re.compile(rf"{re.escape(LOCK)}.*|{re.escape(STATUS)}|{TRACKERS}|\..+\.tmp")
@@ -78,7 +78,7 @@ def _check_content(run_dir: Path, resume: str) -> None:
 
 def provenance(config: Config, manifest: Manifest, split: Split, environment: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of the run it belongs to."""
-    from semi_fast.runlog import DECISIVE
+    from semi_fast.rundir.runlog import DECISIVE
 
     source = formats(manifest)[0] if config.data.source == "auto" else config.data.source
     lossy = {
@@ -103,7 +103,7 @@ def checkpoint_to_resume(
 
     Raises ValueError if the directory holds nothing whole to resume, or is not of the run that `meta` describes.
     """
-    from semi_fast import checkpoint
+    from semi_fast.rundir import checkpoint
 
     root = run_dir / CHECKPOINTS
     if resume == "none":
@@ -178,7 +178,7 @@ def locked(run_dir: Path, resume: str, saved: checkpoint.Checkpoint | None) -> I
 
 def _check_newest(root: Path, saved: checkpoint.Checkpoint | None) -> None:
     """Raise ValueError unless `saved` is what there is to go on from still."""
-    from semi_fast import checkpoint
+    from semi_fast.rundir import checkpoint
 
     then = [saved.path] if saved else []
     if checkpoint.published(root)[:1] != then:

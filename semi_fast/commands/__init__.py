@@ -1,0 +1,1 @@
+"""The commands of `semi-fast`, a module each."""

@@ -1,0 +1,1 @@
+"""What happens in a step and between steps."""
