@@ -63,7 +63,7 @@ class Course:
 
     def ready_seconds(self) -> float:
         """Of the start: compilation and capture, by the clock on the wall."""
-        return self.trainer.engine.level.get("seconds", 0.0) if isinstance(self.trainer, OurLoop) else 0.0
+        return self.trainer.run.program.prepared.get("seconds", 0.0) if isinstance(self.trainer, OurLoop) else 0.0
 
     def loading_seconds(self) -> float | None:
         return self.trainer.loading_seconds if isinstance(self.trainer, ReferenceLoop) else None

@@ -2,7 +2,7 @@
 
     python -m benchmarks.launches --out benchmarks/results/launches.csv
 
-The engine of a run is built on the CPU. What its parts are compiled to is Inductor's code for a pretended H200, made
+The program of a run is built on the CPU. What its parts are compiled to is Inductor's code for a pretended H200, made
 and never run: its calls are counted, a convolution's backward as the one or two gradients that it is asked for. What is
 dispatched beside the compiled parts counts one launch an operation, as the multi-tensor operations of torch take one
 with CUDA 13 for as many tensors as a network has here; a kernel of this project counts what `LAUNCHES_OF` says. What a
@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_map
 
 from benchmarks import measure
 from benchmarks.operations import CPU, as_on_a_gpu
-from benchmarks.step_cases import Shape, configured, data_of, open_engine
+from benchmarks.step_cases import Shape, configured, data_of, open_program
 from semi_fast.loop.levels import Level, inductor_options
 from semi_fast.loop.step import Compiler
 
@@ -221,19 +221,19 @@ def count(flags: list[str], model: str = "wrn_28_2", **options: Any) -> Launches
         stack.enter_context(as_on_a_gpu())
         manifest = stack.enter_context(data_of(shape, None, small=True))
         config = configured(shape, manifest, CPU, ["--precision=bf16", *flags])
-        engine = open_engine(config, manifest, stack)
-        program, state = engine.program, engine.program.state
+        program = open_program(config, manifest, stack)
+        step, state = program.step, program.step.state
         counting = Launches()
-        program.make_views = counting.named("views", program.make_views)
-        program.watched = counting.named("watch", program.watched)
+        step.make_views = counting.named("views", step.make_views)
+        step.watched = counting.named("watch", step.watched)
         state.optimizer.step = counting.named("optimizer", state.optimizer.step)
         state.average.update = counting.named("average", state.average.update)
-        engine.compile(counting.compiler(inductor_options(Level(captured=True, compiled=True)) | ALONE | options))
-        engine.draws.renew(0)
+        program.compile(counting.compiler(inductor_options(Level(captured=True, compiled=True)) | ALONE | options))
+        program.draws.renew(0)
         with counting:
-            engine.work()
+            program.work()
             with torch.no_grad():
-                engine.evaluations[0].run()
+                program.evaluations[0].run()
     return counting
 
 

@@ -65,7 +65,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 class Step:
-    """The work of an engine's step on nothing but tensors."""
+    """The work of a program's step on nothing but tensors."""
 
     def __init__(self, options: MethodConfig, model_name: str):
         self.method = make_method(options, steps=20)
@@ -108,9 +108,7 @@ class Step:
 
     def run(self) -> None:
         rows = self.rows()
-        report = self.program(rows)
-        found = report.pending
-        self.interval.add(report.values, rows.ids[BATCH:], found.get("pseudo_label"), found.get("mask"))
+        self.interval.add(self.program(rows), rows.ids[BATCH:])
 
 
 def counted(call: Callable[[], Any]) -> tuple[int, int]:

@@ -102,12 +102,12 @@ class Cell:
 
     def rates(self, rung: Rung) -> dict[str, str]:
         """What a step's seconds mean, beside counted work and a modelled floor."""
-        shape, engine, seconds = self.shape, self.runners[rung].engine, self.seconds[rung]
-        at, flop = (shape.model, shape.side, shape.rows), step_cases.forward_flop(engine)
+        shape, program, seconds = self.shape, self.runners[rung].program, self.seconds[rung]
+        at, flop = (shape.model, shape.side, shape.rows), step_cases.forward_flop(program)
         traffic, floor, device = TRAFFIC.get(at, {}).get(rung.traffic), FLOOR_MS.get(at), self.plan.device
         h200 = device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
         return {
-            "images_per_second": ops.digits(engine.layout.images / seconds),
+            "images_per_second": ops.digits(program.layout.images / seconds),
             "rows_per_second": ops.digits(shape.rows / seconds),
             "forward_gflop_per_image": f"{flop / 1e9:.4f}",
             "step_tflop": f"{3 * flop * shape.rows / 1e12:.4g}",
@@ -115,12 +115,12 @@ class Cell:
             "counted_traffic": rung.traffic if traffic else "",
             "gb_per_second": ops.digits(traffic / seconds) if traffic else "",
             "floor_percent": ops.digits(floor / seconds / 10) if floor and h200 else "",
-            "ready_seconds": f"{engine.level['seconds']}",
+            "ready_seconds": f"{program.prepared['seconds']}",
         }
 
     def parts(self, rung: Rung) -> Found:
         """Its step cut into parts: how much longer it takes up to the end of each."""
-        works = step_cases.part_works(self.runners[rung].engine, self.plan.steps)
+        works = step_cases.part_works(self.runners[rung].program, self.plan.steps)
         seconds = measure.time_interleaved(works, self.plan.repeats, self.plan.device)
         found, before = {}, np.zeros(self.plan.repeats)
         for part, until in seconds.items():
@@ -131,11 +131,11 @@ class Cell:
 
     def evaluation(self, rung: Rung) -> Found:
         """Whole evaluations of the test set, from an idle device to the numbers on the host; and a published run."""
-        engine, device = self.runners[rung].engine, self.plan.device
-        work = Work([engine.evaluations[0].confusions])
+        program, device = self.runners[rung].program, self.plan.device
+        work = Work([program.evaluations[0].confusions])
         repeats = self.plan.repeats if device.type == "cuda" else 1
         seconds = measure.time_interleaved({"evaluation": work}, repeats, device)["evaluation"]
-        steps, ready = PAPER_STEPS * self.seconds[rung], engine.level["seconds"]
+        steps, ready = PAPER_STEPS * self.seconds[rung], program.prepared["seconds"]
         share = [PAPER_EVALUATIONS * s / (steps + PAPER_EVALUATIONS * s) for s in seconds]
         minutes = [(steps + PAPER_EVALUATIONS * s + ready) / 60 for s in seconds]
         found = {"evaluation_ms": quartiles([1000 * s for s in seconds])}

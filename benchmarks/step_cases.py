@@ -1,4 +1,4 @@
-"""What `benchmarks.step` times: data, engines at every rung of the ladder, and a step cut into growing parts."""
+"""What `benchmarks.step` times: data, programs at every rung of the ladder, and a step cut into growing parts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from semi_fast.data_prep.long_tail import split_for
 from semi_fast.data_prep.prepare import publish
 from semi_fast.data_prep.readers import Raw
 from semi_fast.loop.capture import rehearse
-from semi_fast.loop.engine import Engine
 from semi_fast.loop.levels import Level, compile_obstacle
+from semi_fast.loop.program import Program
 from semi_fast.methods.base import Loss
 from semi_fast.prepared.manifest import Manifest, Split, load_manifest, seal_split
 from semi_fast.processes import gather_rows, sums
@@ -173,24 +173,24 @@ def split_of(config: Config, manifest: Manifest) -> Split:
     return seal_split(split_for(manifest, "run", config.split))
 
 
-def open_engine(config: Config, manifest: Manifest, stack: ExitStack, level: Level | None = None) -> Engine:
-    """The engine of a run, without its files; `level` in place of those of the configuration. `stack` ends it."""
+def open_program(config: Config, manifest: Manifest, stack: ExitStack, level: Level | None = None) -> Program:
+    """The program of a run, without its files; `level` in place of those of the configuration. `stack` ends it."""
     accelerator = Accelerator(cpu=config.device == "cpu")
     split = split_of(config, manifest)
     assert config.run_dir is not None
     with redirect_stdout(sys.stderr):
         parts = config, manifest, split, accelerator
-        engine = train.build(*parts, run_dir=Path(config.run_dir), meta={}, stack=stack)
-    engine.screen.quiet = True
+        run = train.build(*parts, run_dir=Path(config.run_dir), meta={}, stack=stack)
+    run.journal.screen.quiet = True
     if level is not None:
-        engine.levels, engine.why = [level], ""
-    return engine
+        run.program.levels, run.program.why = [level], ""
+    return run.program
 
 
-def open_rung(rung: Rung, shape: Shape, manifest: Manifest, device: torch.device, stack: ExitStack) -> Engine:
-    """The engine of a rung, which has no other to fall back to."""
+def open_rung(rung: Rung, shape: Shape, manifest: Manifest, device: torch.device, stack: ExitStack) -> Program:
+    """The program of a rung, which has no other to fall back to."""
     level = Level(captured=rung.level == "graph", compiled=rung.compiled)
-    return open_engine(configured(shape, manifest, device, rung.flags()), manifest, stack, level)
+    return open_program(configured(shape, manifest, device, rung.flags()), manifest, stack, level)
 
 
 def wait(device: torch.device) -> None:
@@ -199,7 +199,7 @@ def wait(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back what engines that are gone held."""
+    """Give back what programs that are gone held."""
     gc.collect()
     torch._dynamo.reset()
     if device.type == "cuda":
@@ -225,18 +225,18 @@ class Peak:
 
 
 class Runner:
-    """An engine that goes on, step by step."""
+    """A program that goes on, step by step."""
 
-    def __init__(self, engine: Engine):
-        self.engine, self.done = engine, 0
+    def __init__(self, program: Program):
+        self.program, self.done = program, 0
 
     def step(self) -> None:
-        self.engine.one_step(self.done)
+        self.program.one_step(self.done)
         self.done += 1
 
     def window(self, steps: int) -> Work:
         """So many steps; the device is waited for, so that the host runs ahead into no other window."""
-        return window(self.step, steps, self.engine.device)
+        return window(self.step, steps, self.program.device)
 
 
 def window(step: Callable[[], object], steps: int, device: torch.device) -> Work:
@@ -248,40 +248,40 @@ def window(step: Callable[[], object], steps: int, device: torch.device) -> Work
     return Work([phase], calls_per_phase=steps)
 
 
-def forward_flop(engine: Engine) -> int:
+def forward_flop(program: Program) -> int:
     """Of one image through the network, counted by torch; a multiplication and an addition are two."""
-    height, width = engine.images.shape[1:3]
-    image = torch.zeros(1, 3, height, width, device=engine.device)
+    height, width = program.images.shape[1:3]
+    image = torch.zeros(1, 3, height, width, device=program.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        engine.program.state.average.model(image)
+        program.step.state.average.model(image)
     return counter.get_total_flops()
 
 
-def parts(engine: Engine) -> dict[str, Callable[[], Any]]:
+def parts(program: Program) -> dict[str, Callable[[], Any]]:
     """A step's work up to the end of each part: every one does all that comes before it, too.
 
     With a compiled forward and loss `forward` alone is left out: nothing cuts the compiled code.
     """
-    program, s = engine.program, engine.program.state
+    step, s = program.step, program.step.state
 
     def rows() -> Rows:
-        ids, visits = engine.draws.share(s.step)
-        engine.source.read(ids, engine.images)
-        return Rows(engine.images, ids, visits, engine.labels[ids[: engine.layout.labeled]], engine.layout)
+        ids, visits = program.draws.share(s.step)
+        program.source.read(ids, program.images)
+        return Rows(program.images, ids, visits, program.labels[ids[: program.layout.labeled]], program.layout)
 
     def views() -> tuple[Rows, Tensor]:
         read = rows()
-        return read, program.make_views(read)
+        return read, step.make_views(read)
 
     def backward() -> tuple[Loss, list[Tensor]]:
-        loss, found = program.losses(*views())
+        loss, found = step.losses(*views())
         s.optimizer.zero_grad(set_to_none=True)
         s.scaler.scale(loss.total).backward()
         return loss, found
 
     def update() -> Tensor:
         loss, found = backward()
-        return program.bookkeeping(program.watched(loss.total, found), gather_rows(loss.pending) | sums(loss.totals))
+        return step.bookkeeping(step.watched(loss.total, found), gather_rows(loss.pending) | sums(loss.totals))
 
     def optimizer() -> None:
         weight = update()
@@ -292,14 +292,14 @@ def parts(engine: Engine) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {
         "rows": rows,
         "views": views,
-        "forward": lambda: program.forward(s.model, views()[1]),
-        "loss": lambda: program.losses(*views()),
+        "forward": lambda: step.forward(s.model, views()[1]),
+        "loss": lambda: step.losses(*views()),
         "backward": backward,
         "update": update,
         "optimizer": optimizer,
-        "count": engine.work,
+        "count": program.work,
     }
-    if program.losses != program.forward_and_loss:
+    if step.losses != step.forward_and_loss:
         del found["forward"]
     return found
 
@@ -307,23 +307,23 @@ def parts(engine: Engine) -> dict[str, Callable[[], Any]]:
 PARTS = ("rows", "views", "forward", "loss", "backward", "update", "optimizer", "count")
 
 
-def part_works(engine: Engine, steps: int) -> dict[str, Work]:
-    """Windows of every part: captured on its own where the engine's step is a graph.
+def part_works(program: Program, steps: int) -> dict[str, Work]:
+    """Windows of every part: captured on its own where the program's step is a graph.
 
     The graphs share their memory: none reads what another has left there.
     """
     works = {}
-    graphs = engine.level["level"] == "graph"
+    graphs = program.prepared["level"] == "graph"
     pool = torch.cuda.graph_pool_handle() if graphs else None
-    for name, part in parts(engine).items():
+    for name, part in parts(program).items():
         call: Callable[[], Any] = part
         if graphs:
-            rehearse(dropped(part), engine.changed, engine.device)
+            rehearse(dropped(part), program.changed, program.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 part()
             call = graph.replay
-        works[name] = window(call, steps, engine.device)
+        works[name] = window(call, steps, program.device)
     return works
 
 

@@ -42,22 +42,22 @@ class Trainer(Protocol):
 
 
 class OurLoop:
-    """The engine of `semi-fast train`, one step at a time; nothing is written."""
+    """The loop of `semi-fast train`, one step at a time; nothing is written."""
 
     def __init__(self, config: Config, manifest: Manifest, split: Split, device: torch.device):
         self.stack = ExitStack()
         accelerator = Accelerator(cpu=device.type == "cpu")
         unused = Path("unused")
-        self.engine = build(config, manifest, split, accelerator, run_dir=unused, meta={}, stack=self.stack)
+        self.run = build(config, manifest, split, accelerator, run_dir=unused, meta={}, stack=self.stack)
         self.done = 0
 
     def step(self) -> None:
-        self.engine.one_step(self.done)
+        self.run.program.one_step(self.done)
         self.done += 1
 
     def evaluate(self) -> dict[str, float]:
-        confusions = self.engine.evaluations[0].confusions()
-        found = scores(confusions[self.engine.program.method.predicts], self.engine.labeled_counts)
+        confusions = self.run.program.evaluations[0].confusions()
+        found = scores(confusions[self.run.program.step.method.predicts], self.run.labeled_counts)
         return {name: found[name] for name in ("top1", "balanced_accuracy")}
 
     def close(self) -> None:

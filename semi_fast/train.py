@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -24,11 +25,13 @@ from semi_fast.data_prep.long_tail import split_for
 from semi_fast.errors import EXPECTED, NonFiniteError, exit_code, one_line
 from semi_fast.launch import started_alone
 from semi_fast.loop.ema import WeightAverage
-from semi_fast.loop.engine import Engine
 from semi_fast.loop.evaluation import EvalSet, Evaluation
+from semi_fast.loop.fit import Run
+from semi_fast.loop.journal import Journal
 from semi_fast.loop.levels import ladder, switches
 from semi_fast.loop.metrics import Interval
 from semi_fast.loop.preemption import Preemption, end_with_launcher
+from semi_fast.loop.program import Program
 from semi_fast.loop.sampling import Batches, first_visit_counts, label_tables
 from semi_fast.loop.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.methods import Environment, Method, make_method
@@ -42,6 +45,7 @@ from semi_fast.processes import all_or_none, lost_ones_named
 from semi_fast.report import check_page, write_report
 from semi_fast.rundir import directory, runlog
 from semi_fast.rundir.checkpoint import Checkpoint
+from semi_fast.rundir.runlog import MetricsFile
 from semi_fast.rundir.summary import summarise
 from semi_fast.rundir.trackers import log, tracked
 from semi_fast.schema.arguments import CHECKPOINTS, CONFIG_FILE, parse_config
@@ -60,11 +64,15 @@ def run(config: Config) -> dict[str, Any]:
     Raises ValueError for what the user must change, RuntimeError for the machine, NonFiniteError for numerics.
     """
     directory.check_usable(config)
-    fresh = directory.run_dir_of(config) is None
+    with session(config) as accelerator:
+        return run_in(accelerator, config)
+
+
+@contextmanager
+def session(config: Config) -> Iterator[Accelerator]:
+    """The device and the processes of a launch, in which runs of this `device` may follow one another."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
-    manifest = load_manifest(config.data.path)
-    split = seal_split(split_for(manifest, "run", config.split))
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if not on_cpu and processes > gpus:
@@ -74,35 +82,44 @@ def run(config: Config) -> dict[str, Any]:
     try:
         if alone := started_alone(accelerator.num_processes):
             print(alone)
-        config, run_dir = settled(config, manifest, accelerator)
-        check_page(run_dir / "report.html")
-        where = accelerator.device, config.precision, accelerator.num_processes
-        environment = runlog.environment(*where, manifest.num_classes)
-        meta = directory.provenance(config, manifest, split, environment)
-        saved = directory.checkpoint_to_resume(
-            run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")
-        )
-        with ExitStack() as stack:
-            if fresh and accelerator.is_main_process:
-                stack.callback(directory.remove_empty, run_dir)
-            engine = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
-            accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
-            preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
-            with lost_ones_named(), all_or_none():
-                if accelerator.is_main_process:
-                    stack.enter_context(directory.locked(run_dir, config.resume, saved))
-                trackers = run_dir / directory.TRACKERS
-                stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
-            stack.enter_context(lost_ones_named())
-            parts = engine, config, manifest, split, accelerator, environment
-            return conduct(*parts, preemption, run_dir=run_dir, saved=saved)
+        yield accelerator
     finally:
         accelerator.end_training()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def settled(config: Config, manifest: Manifest, accelerator: Accelerator) -> tuple[Config, Path]:
+def run_in(accelerator: Accelerator, config: Config) -> dict[str, Any]:
+    """`run` in a session; the configuration has been checked."""
+    fresh = directory.run_dir_of(config) is None
+    manifest = load_manifest(config.data.path)
+    split = seal_split(split_for(manifest, "run", config.split))
+    config, run_dir = decided(config, manifest, accelerator)
+    check_page(run_dir / "report.html")
+    where = accelerator.device, config.precision, accelerator.num_processes
+    environment = runlog.environment(*where, manifest.num_classes)
+    meta = directory.provenance(config, manifest, split, environment)
+    saved = directory.checkpoint_to_resume(
+        run_dir, config.resume, meta, warn=lambda text: accelerator.print(f"warning: {text}")
+    )
+    with ExitStack() as stack:
+        if fresh and accelerator.is_main_process:
+            stack.callback(directory.remove_empty, run_dir)
+        this = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
+        accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
+        preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
+        with lost_ones_named(), all_or_none():
+            if accelerator.is_main_process:
+                stack.enter_context(directory.locked(run_dir, config.resume, saved))
+            trackers = run_dir / directory.TRACKERS
+            stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
+        stack.enter_context(lost_ones_named())
+        summary = conduct(this, manifest, split, environment, saved, preemption)
+        accelerator.wait_for_everyone()
+        return summary
+
+
+def decided(config: Config, manifest: Manifest, accelerator: Accelerator) -> tuple[Config, Path]:
     """The configuration with everything left open decided, the same on all processes, and its run directory."""
     precision = config.precision
     if precision == "auto":
@@ -123,7 +140,7 @@ def build(
     run_dir: Path,
     meta: dict[str, Any],
     stack: ExitStack,
-) -> Engine:
+) -> Run:
     """Every part of the run, in memory; nothing is written. `stack` ends what must be ended."""
     device, precision, main = numbered(accelerator.device), config.precision, accelerator.is_main_process
     stack.enter_context(switches(config.engine, device))
@@ -145,22 +162,23 @@ def build(
     source = open_source(config.data.source, manifest, device, lambda step: batches.share(step).ids, threads=threads)
     stack.callback(source.close)
     accelerator.print(f"source: {source.description}")
-    several = accelerator.num_processes > 1
-    synchronised = several and config.model.bn == "sync"
-    program = TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision)
+    step = TrainStep(state, method, augmenter.views, optim=config.optim, ema=config.ema, precision=precision)
 
     def predict(images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every head's logits of the averaged weights; the method's own prediction under its name."""
-        outputs = program.forward(state.average.model, augmenter.plain(images))
+        outputs = step.forward(state.average.model, augmenter.plain(images))
         return outputs.logits | {method.predicts: method.logits(state.method, outputs)}
 
-    engine = Engine(
-        config,
-        program,
+    screen = runlog.Screen(config.method.name, steps=config.optim.steps, quiet=not main)
+    several = accelerator.num_processes > 1
+    synchronised = several and config.model.bn == "sync"
+    levels, why = ladder(config.engine, device, several_processes=several, synchronised=synchronised)
+    program = Program(
+        step,
         source,
         batches,
         layout=layout,
-        resolution=manifest.resolution,
+        images=torch.empty(layout.images, *manifest.resolution, 3, dtype=torch.uint8, device=device),
         labels=labels.to(device),
         interval=Interval(truth.to(device), manifest.num_classes),
         evaluations=[
@@ -174,16 +192,14 @@ def build(
             )
             for eval_set in eval_sets(manifest, split, device, threads=threads)
         ],
-        labeled_counts=split.labeled_counts,
-        levels=ladder(config.engine, device, several_processes=several, synchronised=synchronised),
-        metrics=runlog.MetricsFile(run_dir / "metrics.jsonl") if main else None,
-        screen=runlog.Screen(config.method.name, steps=config.optim.steps, quiet=not main),
-        checkpoints=run_dir / CHECKPOINTS,
-        meta=meta,
-        track=partial(log, accelerator),
+        levels=levels,
+        why=why,
+        seed=config.seed,
+        say=screen.line,
     )
-    stack.callback(engine.close)
-    return engine
+    stack.callback(program.close)
+    journal = Journal(MetricsFile(run_dir / "metrics.jsonl") if main else None, screen, partial(log, accelerator), meta)
+    return Run(config, program, journal, split.labeled_counts, run_dir / CHECKPOINTS)
 
 
 def make_state(
@@ -220,21 +236,18 @@ def memory_format(config: Config) -> torch.memory_format:
 
 
 def conduct(
-    engine: Engine,
-    config: Config,
+    run: Run,
     manifest: Manifest,
     split: Split,
-    accelerator: Accelerator,
     environment: dict[str, Any],
-    preemption: Preemption,
-    *,
-    run_dir: Path,
     saved: Checkpoint | None,
+    preemption: Preemption,
 ) -> dict[str, Any]:
     """Resume if there is what to resume, write what the run is, train, and summarise."""
-    start = engine.resume(saved) if saved else 0
-    if engine.metrics is not None:
-        engine.metrics.cut(saved.meta["metrics_bytes"] if saved else 0)
+    config, program, journal, run_dir = run.config, run.program, run.journal, run.checkpoints.parent
+    start = run.resume(saved) if saved else 0
+    if journal.metrics is not None:
+        journal.metrics.cut(saved.meta["metrics_bytes"] if saved else 0)
         if saved is not None and (run_dir / "env.json").exists():
             before = read_json(run_dir / "env.json")
             environment["before_resume"] = [*before.pop("before_resume", []), before]  # the newest last
@@ -244,37 +257,34 @@ def conduct(
             (run_dir / name).unlink(missing_ok=True)
         with disk.writing(run_dir / "split.json"):
             save_split(split, run_dir / "split.json")
-        parameters = sum(p.numel() for p in engine.program.state.model.parameters())
-        sizes = {"parameters": parameters, "rows": engine.layout.total}
-        engine.screen.line(runlog.opening(config, manifest, split, environment, **sizes))
+        sizes = sum(p.numel() for p in program.step.state.model.parameters()), program.layout.total
+        journal.screen.line(runlog.opening(config, manifest, split, environment, *sizes))
         if saved is not None or config.resume == "auto":
             nothing = f"nothing to resume in {run_dir}: starting at step 0"
-            engine.screen.line(f"resumed from {saved.path}" if saved else nothing)
+            journal.screen.line(f"resumed from {saved.path}" if saved else nothing)
     try:
-        engine.fit(start, preemption)
+        run.fit(start, preemption)
     except NonFiniteError as error:
-        if engine.metrics is not None:
+        if journal.metrics is not None:
             with suppress(RuntimeError):  # of a disk that is full: the error says the same
                 disk.write_json(run_dir / "nonfinite.json", {"step": error.step, "sample_ids": error.ids})
         raise
     finally:
-        engine.screen.close()
-    summary: dict[str, Any] = {}
-    changed = engine.meta["changed_on_resume"]
-    repeats = accelerator.device.type == "cpu" or config.engine.deterministic
-    environment |= {"engine": engine.level, "bit_exact": repeats and not changed, "changed_on_resume": changed}
-    if engine.metrics is not None:
-        parts = engine.metrics, engine.clock, engine.layout
-        summary = summarise(config, manifest, split, environment, *parts)
-        disk.write_json(run_dir / "env.json", environment)
-        disk.write_json(run_dir / "summary.json", summary)
-        try:
-            page = write_report([run_dir], run_dir / "report.html")
-        except BaseException:
-            (run_dir / "summary.json").unlink()  # which says that the run is finished
-            raise
-        engine.screen.line(f"report: {page}")
-    accelerator.wait_for_everyone()
+        journal.screen.close()
+    if journal.metrics is None:
+        return {}
+    changed = journal.meta["changed_on_resume"]
+    repeats = program.device.type == "cpu" or config.engine.deterministic
+    environment |= {"engine": program.prepared, "bit_exact": repeats and not changed, "changed_on_resume": changed}
+    summary = summarise(config, manifest, split, environment, journal.metrics, journal.clock, program.layout)
+    disk.write_json(run_dir / "env.json", environment)
+    disk.write_json(run_dir / "summary.json", summary)
+    try:
+        page = write_report([run_dir], run_dir / "report.html")
+    except BaseException:
+        (run_dir / "summary.json").unlink()  # which says that the run is finished
+        raise
+    journal.screen.line(f"report: {page}")
     return summary
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from semi_fast import train
 from semi_fast.batch import Rows
-from semi_fast.loop.engine import Engine
+from semi_fast.loop.fit import Run
 from semi_fast.loop.preemption import Preemption
+from semi_fast.loop.program import Program
 from semi_fast.loop.step import StepReport, TrainStep
 from semi_fast.schema.arguments import key_of
 
@@ -101,7 +102,7 @@ def live(rank: int, count: int, port: int, words: list[str], change: Callable[[]
 
 def watch(seen: dict[str, Any]) -> None:
     """Have the program note in `seen` what it does."""
-    exchanges, one_step, work, fit = seen["exchanges"], TrainStep.__call__, Engine.work, Engine.fit
+    exchanges, one_step, work, fit = seen["exchanges"], TrainStep.__call__, Program.work, Run.fit
 
     def noted(name: str) -> Callable[..., Any]:
         exchange = getattr(dist, name)
@@ -123,17 +124,17 @@ def watch(seen: dict[str, Any]) -> None:
         seen["steps"].append({name: tensor.clone() for name, tensor in step.items()})
         return report
 
-    def watched_work(self: Engine) -> None:
+    def watched_work(self: Program) -> None:
         before = len(exchanges)
         work(self)
         seen["exchanges_of_steps"].append(exchanges[before:])
 
-    def watched_fit(self: Engine, start: int, preemption: Preemption) -> None:
+    def watched_fit(self: Run, start: int, preemption: Preemption) -> None:
         try:
             fit(self, start, preemption)
         finally:
-            seen["state"] = {name: tensor.detach().clone() for name, tensor in self.changed()}
+            seen["state"] = {name: tensor.detach().clone() for name, tensor in self.program.changed()}
 
     TrainStep.__call__ = watched_step
-    Engine.work = watched_work
-    Engine.fit = watched_fit
+    Program.work = watched_work
+    Run.fit = watched_fit

@@ -58,3 +58,6 @@ class Replay:
     def __call__(self) -> None:
         with torch.no_grad():
             self.tape.replay()
+
+    def close(self) -> None:
+        self.tape.calls.clear()

@@ -34,11 +34,11 @@ def make(digits: Path) -> Make:
 
 def our_rows(loop: OurLoop) -> Rows:
     """What our next step is given."""
-    engine = loop.engine
-    engine.draws.renew(loop.done)
-    ids, visits = engine.draws.share(engine.program.state.step)
-    engine.source.read(ids, engine.images)
-    return Rows(engine.images, ids, visits, engine.labels[ids[: engine.layout.labeled]], engine.layout)
+    program = loop.run.program
+    program.draws.renew(loop.done)
+    ids, visits = program.draws.share(program.step.state.step)
+    program.source.read(ids, program.images)
+    return Rows(program.images, ids, visits, program.labels[ids[: program.layout.labeled]], program.layout)
 
 
 def to_float64(loop: ReferenceLoop) -> None:
@@ -57,19 +57,20 @@ def test_a_step_of_the_loop_is_a_step_of_ours(make: Make) -> None:
     assert isinstance(ours, OurLoop)
     assert isinstance(loop, ReferenceLoop)
     to_float64(loop)
-    state, masks = ours.engine.program.state, set()
+    state, masks = ours.run.program.step.state, set()
     for _ in range(8):
         rows = our_rows(ours)
-        views = split_rows(ours.engine.program.make_views(rows), rows.layout)
+        views = split_rows(ours.run.program.step.make_views(rows), rows.layout)
         strong = views.strong.chunk(rows.layout.strong_views)
         ours.step()
         unknown = torch.full((rows.layout.unlabeled,), -1)
         loop.update((([views.labeled], rows.labels), ([views.weak, *strong], unknown)))
-        sums = dict(zip(ours.engine.interval.names, ours.engine.interval.sums.tolist(), strict=True))
-        ours.engine.interval.reset()
-        assert loop.meters.pop("mask") == pytest.approx(sums["stat.mask"])
-        assert loop.meters == pytest.approx({name: sums[name] for name in loop.meters}, rel=1e-6)
-        masks.add(sums["stat.mask"])
+        interval = ours.run.program.interval
+        terms, stats, _ = interval.read()
+        interval.reset()
+        assert loop.meters.pop("mask") == pytest.approx(stats["mask"])
+        assert loop.meters == pytest.approx({name: terms[name] for name in loop.meters}, rel=1e-6)
+        masks.add(stats["mask"])
     assert len(masks) > 2, "some and all pseudo-labels were used"
     # within what a learning rate in float32, as ours is, changes
     for mine, theirs in ((loop.model, state.model), (loop.ema_model, state.average.model)):
@@ -93,7 +94,7 @@ def test_both_evaluate_the_same_weights_alike(make: Make) -> None:
     assert isinstance(loop, ReferenceLoop)
     for _ in range(6):
         ours.step()
-    loop.ema_model.load_state_dict(ours.engine.program.state.average.model.state_dict())
+    loop.ema_model.load_state_dict(ours.run.program.step.state.average.model.state_dict())
     found, expected = loop.evaluate(), ours.evaluate()
     assert found["top1"] != found["balanced_accuracy"]
     assert found == pytest.approx(expected, abs=0.3)  # an image or two on the edge between classes

@@ -111,28 +111,28 @@ def test_the_last_part_is_the_whole_step(manifest: Manifest) -> None:
     with ExitStack() as stack:
         found = []
         for name in ("step", "count", "optimizer"):
-            engine = step_cases.open_rung(Rung("eager", "fp32"), TINY, manifest, CPU, stack)
-            runner = Runner(engine)
+            program = step_cases.open_rung(Rung("eager", "fp32"), TINY, manifest, CPU, stack)
+            runner = Runner(program)
             runner.step()
-            part = runner.step if name == "step" else step_cases.parts(engine)[name]
-            engine.draws.renew(1)
+            part = runner.step if name == "step" else step_cases.parts(program)[name]
+            program.draws.renew(1)
             part()
-            found.append({key: tensor.clone() for key, tensor in engine.program.state.tensors()})
-        whole, count, program = found
+            found.append({key: tensor.clone() for key, tensor in program.step.state.tensors()})
+        whole, count, own = found
         assert all(torch.equal(whole[name], count[name]) for name in whole)
-        assert all(torch.equal(whole[name], program[name]) for name in whole)
-        parts = step_cases.parts(engine)
+        assert all(torch.equal(whole[name], own[name]) for name in whole)
+        parts = step_cases.parts(program)
         assert tuple(parts) == step_cases.PARTS
-        engine.program.losses = lambda *_: None  # type: ignore[assignment]
-        assert "forward" not in step_cases.parts(engine), "nothing cuts compiled code"
+        program.step.losses = lambda *_: None  # type: ignore[assignment]
+        assert "forward" not in step_cases.parts(program), "nothing cuts compiled code"
 
 
 def test_every_part_does_more_than_the_one_before(manifest: Manifest) -> None:
     with ExitStack() as stack:
-        engine = step_cases.open_rung(Rung("eager", "fp32"), TINY, manifest, CPU, stack)
-        Runner(engine).step()
+        program = step_cases.open_rung(Rung("eager", "fp32"), TINY, manifest, CPU, stack)
+        Runner(program).step()
         counts = []
-        for part in step_cases.parts(engine).values():
+        for part in step_cases.parts(program).values():
             with step.measure.DispatchCounter() as seen:
                 part()
             counts.append(seen.dispatched)
@@ -144,8 +144,8 @@ def test_the_operations_of_a_forward_are_the_published_ones(model: str, gflop: f
     data = step_cases.synthetic(tmp_path / "data", 32, classes=10, largest=20, tests=10)
     with ExitStack() as stack:
         shape = Shape(model, 32, 4, 1)
-        engine = step_cases.open_rung(Rung("eager", "fp32"), shape, data, CPU, stack)
-        assert step_cases.forward_flop(engine) / 1e9 == pytest.approx(gflop, abs=1e-3)
+        program = step_cases.open_rung(Rung("eager", "fp32"), shape, data, CPU, stack)
+        assert step_cases.forward_flop(program) / 1e9 == pytest.approx(gflop, abs=1e-3)
 
 
 def test_a_rung_is_what_its_name_says(manifest: Manifest) -> None:
@@ -153,10 +153,10 @@ def test_a_rung_is_what_its_name_says(manifest: Manifest) -> None:
     assert len({rung.name for rung in rungs}) == len(rungs) == 10
     assert [rungs[0].name, rungs[-1].name] == ["graph-compile-bf16", "eager-fp32-contiguous"]
     with ExitStack() as stack:
-        engine = step_cases.open_rung(rungs[-1], TINY, manifest, CPU, stack)
-        weight = engine.program.state.model.get_parameter("backbone.conv1.weight")
+        program = step_cases.open_rung(rungs[-1], TINY, manifest, CPU, stack)
+        weight = program.step.state.model.get_parameter("backbone.conv1.weight")
         assert weight.is_contiguous()
-        assert (engine.config.engine.level, engine.config.precision) == ("eager", "fp32")
+        assert (program.levels[0].name, program.step.precision) == ("eager", "fp32")
 
 
 def test_synthetic_classes_are_long_tailed_and_fill_every_step(manifest: Manifest) -> None:

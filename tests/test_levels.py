@@ -21,8 +21,8 @@ from semi_fast import train
 from semi_fast.data_prep.long_tail import split_for
 from semi_fast.loop import levels
 from semi_fast.loop.capture import WARM_UP, CaptureError, on_side_stream, rehearse
-from semi_fast.loop.engine import Engine
 from semi_fast.loop.levels import Level, ladder
+from semi_fast.loop.program import Program
 from semi_fast.loop.step import TrainStep
 from semi_fast.ops import door
 from semi_fast.pipelines import source
@@ -76,35 +76,35 @@ def test_a_level_that_cannot_be_is_refused_in_one_line(
 
 
 @pytest.fixture
-def engine(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    """An engine of a small run, in memory; with `made=on_device` on a GPU where there is one."""
+def program(digits: Path, tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """The program of a small run, in memory; with `made=on_device` on a GPU where there is one."""
 
-    def build(*flags: str, made: Callable[..., Config] = config) -> Engine:
+    def build(*flags: str, made: Callable[..., Config] = config) -> Program:
         options = made(digits, tmp_path / "run", *flags)
         manifest = load_manifest(digits)
         split = seal_split(split_for(manifest, "run", options.split))
         accelerator = Accelerator(cpu=options.device == "cpu")
-        return train.build(options, manifest, split, accelerator, run_dir=tmp_path, meta={}, stack=stack)
+        return train.build(options, manifest, split, accelerator, run_dir=tmp_path, meta={}, stack=stack).program
 
     with ExitStack() as stack:
         yield build
 
 
-def contents(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.changed()}
+def contents(program: Program) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in program.changed()}
 
 
-def test_heads_are_evaluated_in_one_order(engine: Callable[..., Engine]) -> None:
+def test_heads_are_evaluated_in_one_order(program: Callable[..., Program]) -> None:
     """Processes exchange their counts head by head; the order of a set is each process's own."""
-    steps = engine("--method.name=semi")
-    needs = steps.program.method.needs
+    steps = program("--method.name=semi")
+    needs = steps.step.method.needs
     assert list(steps.evaluations[0].counts) == list(needs.heads) == ["head", "balanced_head"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_rehearsal_leaves_no_trace(engine: Callable[..., Engine], precision: str, device: torch.device) -> None:
+def test_a_rehearsal_leaves_no_trace(program: Callable[..., Program], precision: str, device: torch.device) -> None:
     """At the start, and in the middle of a run and of a log interval."""
-    steps = engine(f"--precision={precision}", "--engine.level=eager", made=on_device)
+    steps = program(f"--precision={precision}", "--engine.level=eager", made=on_device)
     for begin in (0, 4):
         for step in range(begin, begin + 4):
             steps.draws.renew(step)
@@ -120,15 +120,15 @@ def test_a_rehearsal_leaves_no_trace(engine: Callable[..., Engine], precision: s
 
 
 def test_a_rehearsal_reads_what_the_next_steps_read(
-    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a run goes on at the end of a block of orders, too: else it would meet sample 0, which has no label."""
     monkeypatch.setattr(TrainStep, "compile", lambda *_, **__: None)  # how is not the question
-    steps = engine("--engine.level=compile", "--split.rule=daso", "--split.seed=1")
+    steps = program("--engine.level=compile", "--split.rule=daso", "--split.seed=1")
     assert steps.labels[0] == -1
     labeled = steps.draws.streams[0]
     last = labeled.table[0].numel() // labeled.rows - 1  # of the first block
-    steps.program.state.step.fill_(last)
+    steps.step.state.step.fill_(last)
     read, seen = steps.source.read, []
 
     def watched(ids: torch.Tensor, out: torch.Tensor) -> None:
@@ -155,8 +155,8 @@ def test_a_rehearsal_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
-def test_a_rehearsal_restores_after_a_failure_too(engine: Callable[..., Engine]) -> None:
-    steps = engine()
+def test_a_rehearsal_restores_after_a_failure_too(program: Callable[..., Program]) -> None:
+    steps = program()
     steps.one_step(0)
     before = contents(steps)
 
@@ -186,7 +186,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     if DEVICE.type == "cpu":
         monkeypatch.setattr(door, "values_at_hand", lambda device: False)
         monkeypatch.setattr("semi_fast.ops.rand_augment.has_compiled_views", lambda device: False)
-        monkeypatch.setattr(levels, "Graph", tape.Replay)
+        monkeypatch.setattr("semi_fast.loop.program.Graph", tape.Replay)
     captured = [Level(captured=True, compiled=False)], ""
     return lambda: monkeypatch.setattr(train, "ladder", lambda *_, **__: captured)
 
@@ -240,13 +240,13 @@ def test_captured_fp16_steps_overflow_as_eager_ones_do(
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_neither_steps_nor_evaluations_wait(
-    captured: bool, engine: Callable[..., Engine], device: torch.device
+    captured: bool, program: Callable[..., Program], device: torch.device
 ) -> None:
     """On a GPU torch raises where the host would; the recording above and the counts of dispatched operations show it
     elsewhere."""
     if device.type == "cpu":
         pytest.skip("a CPU has nothing to wait for")
-    steps = engine("--precision=bf16", "--engine.level=eager", made=on_device)
+    steps = program("--precision=bf16", "--engine.level=eager", made=on_device)
     steps.levels = [Level(captured=captured, compiled=False)]
     evaluation = steps.evaluations[0]
     steps.one_step(0)
@@ -285,19 +285,19 @@ def test_a_capture_notices_what_python_decides(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_steps_are_traced_once_and_compute_the_same(
-    method: str, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    method: str, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 steps without a graph break or a second trace; in float64, where rounding does not hide a difference."""
-    eager = engine("--precision=fp64", *METHODS[method])
+    eager = program("--precision=fp64", *METHODS[method])
     torch._dynamo.reset()
     backend = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr("semi_fast.loop.levels.torch.compile", lambda f, *, options, **kept: backend(f, **kept))
-    compiled = engine("--precision=fp64", "--engine.level=compile", *METHODS[method])
+    compiled = program("--precision=fp64", "--engine.level=compile", *METHODS[method])
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(20):
             eager.one_step(step)
             compiled.one_step(step)
-    assert compiled.level["compiled"]
+    assert compiled.prepared["compiled"]
     ours, theirs = contents(eager), contents(compiled)
     for name, tensor in ours.items():
         if tensor.is_floating_point():
@@ -309,15 +309,15 @@ def test_compiled_steps_are_traced_once_and_compute_the_same(
 @pytest.mark.interpreted
 @pytest.mark.parametrize("method", METHODS)
 def test_the_form_that_a_gpu_compiles_is_traced_whole(
-    method: str, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    method: str, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same with kernels in place of references, as opaque operations, in float32."""
     torch._dynamo.reset()
     backend = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr("semi_fast.loop.levels.torch.compile", lambda f, *, options, **kept: backend(f, **kept))
     with operations.as_on_a_gpu(), torch._dynamo.config.patch(error_on_recompile=True):
-        eager = engine(*METHODS[method])
-        compiled = engine("--engine.level=compile", *METHODS[method])
+        eager = program(*METHODS[method])
+        compiled = program("--engine.level=compile", *METHODS[method])
         for step in range(3):
             eager.one_step(step)
             compiled.one_step(step)
@@ -331,7 +331,7 @@ def test_the_form_that_a_gpu_compiles_is_traced_whole(
 @pytest.mark.filterwarnings("ignore:TensorFloat32")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_code_that_a_gpu_would_run_trains_as_eager_does(
-    precision: str, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    precision: str, program: Callable[..., Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inductor's own kernels, written for an H200, and ours, in Triton's interpreter: two steps and an evaluation.
 
@@ -342,7 +342,7 @@ def test_the_code_that_a_gpu_would_run_trains_as_eager_does(
 
     def trained(options: dict[str, Any] | None) -> dict[str, torch.Tensor]:
         torch._dynamo.reset()
-        steps = engine(*flags)
+        steps = program(*flags)
         if options is not None:
             made = generated.backend(levels.inductor_options(Level(captured=True, compiled=True)) | options, codes)
             steps.compile(functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=made))
@@ -368,18 +368,18 @@ COMPILED = [Level(captured, compiled=True) for captured in ((False, True) if DEV
 
 
 @pytest.mark.parametrize("level", COMPILED, ids=lambda level: level.name)
-def test_inductor_trains_as_eager_does(level: Level, engine: Callable[..., Engine], device: torch.device) -> None:
+def test_inductor_trains_as_eager_does(level: Level, program: Callable[..., Program], device: torch.device) -> None:
     """What runs by default: on a CPU its C++ code, on a GPU its kernels, captured too. Six steps of SeMi and an
     evaluation in float64, where rounding does not hide a difference."""
     torch._dynamo.reset()
 
     def trained(level: Level) -> dict[str, torch.Tensor]:
-        steps = engine("--precision=fp64", "--engine.level=eager", "--method.name=semi", made=on_device)
+        steps = program("--precision=fp64", "--engine.level=eager", "--method.name=semi", made=on_device)
         steps.levels = [level]
         for step in range(6):
             steps.one_step(step)
         counts = steps.evaluations[0].confusions()
-        assert (steps.level["level"], steps.level["compiled"]) == (level.name, level.compiled)
+        assert (steps.prepared["level"], steps.prepared["compiled"]) == (level.name, level.compiled)
         return contents(steps) | {f"evaluation.{name}": torch.from_numpy(counts[name]) for name in counts}
 
     eager, compiled = trained(Level(captured=False, compiled=False)), trained(level)
@@ -439,15 +439,15 @@ def test_a_run_leaves_torch_as_it_was_and_tells_the_compiler_of_its_own_code_alo
 
 
 def failing_levels(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    original = levels.prepared
+    original = Program.at
 
-    def prepared(steps: Engine, level: Level) -> Callable[[], None]:
+    def at(self: Program, level: Level) -> Callable[[], None]:
         if level.name != "eager":
-            rehearse(steps.work, steps.changed, CPU, times=1)
+            rehearse(self.work, self.changed, CPU, times=1)
             raise error
-        return original(steps, level)
+        return original(self, level)
 
-    monkeypatch.setattr(levels, "prepared", prepared)
+    monkeypatch.setattr(Program, "at", at)
 
 
 def test_a_level_that_fails_is_named_and_the_next_one_trains_as_if_it_had_not_been(
@@ -509,7 +509,7 @@ def test_a_capture_that_fails_ends_the_run_with_its_cause(
     monkeypatch.setattr(torch.cuda, "graph", Failing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(train, "ladder", lambda *_, **__: ([Level(captured=True, compiled=False)], ""))
-    monkeypatch.setattr(levels, "rehearse", lambda *_, **__: None)
+    monkeypatch.setattr("semi_fast.loop.program.rehearse", lambda *_, **__: None)
     monkeypatch.setattr("semi_fast.loop.evaluation.Evaluation.one_batch", refuse)
     assert guarded(config(digits, tmp_path / "run")) == 3
     error = capsys.readouterr().err.strip()

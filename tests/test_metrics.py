@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, recall_score
 
 from semi_fast.loop.metrics import Interval, add_pairs
+from semi_fast.loop.step import StepReport
 from semi_fast.rundir.scores import class_groups, scores
 
 
@@ -54,11 +55,17 @@ def test_interval_follows_the_pseudo_labels_by_id_and_leaves_labeled_copies_out(
     interval = Interval(torch.tensor([0, 1, 1, -1, 2]), 3)
     ids = torch.tensor([0, 1, 2, 3, 4])
     label, mask = torch.tensor([0, 2, 1, 0, 2]), torch.tensor([True, True, True, True, False])
-    interval.add({"total": torch.tensor(2.0)}, ids, label, mask)
-    interval.add({"total": torch.tensor(4.0)}, ids[:1], label[:1], mask[:1])
+
+    def add(total: float, rows: int, pending: dict[str, torch.Tensor]) -> None:
+        terms, stats = {"total": torch.tensor(total)}, {"mask": torch.tensor(total / 10)}
+        interval.add(StepReport(terms, stats, {name: tensor[:rows] for name, tensor in pending.items()}), ids[:rows])
+
+    add(2.0, 5, {"pseudo_label": label, "mask": mask})
+    add(4.0, 1, {"pseudo_label": label, "mask": mask})
     interval.steps = 2
-    means, fate = interval.read()
-    assert means == {"total": 3.0}
+    terms, stats, fate = interval.read()
+    assert terms == {"total": 3.0}
+    assert stats == {"mask": pytest.approx(0.3)}
     assert fate == {
         "used_fraction": 5 / 6,
         "seen": [2, 2, 1],
@@ -67,6 +74,8 @@ def test_interval_follows_the_pseudo_labels_by_id_and_leaves_labeled_copies_out(
         "predicted": [2, 1, 1],
     }
     interval.reset()
-    interval.add({"total": torch.tensor(1.0)}, ids[:0], None, None)
+    add(1.0, 0, {})
     interval.steps = 1
-    assert interval.read() == ({"total": 1.0}, None)
+    terms, stats, fate = interval.read()
+    assert terms == {"total": 1.0}
+    assert fate is None

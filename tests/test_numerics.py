@@ -15,7 +15,7 @@ from semi_fast.loop.ema import WeightAverage
 from semi_fast.loop.evaluation import EvalSet, Evaluation
 from semi_fast.loop.metrics import Interval
 from semi_fast.loop.schedule import ema_weight
-from semi_fast.loop.step import NEVER, TrainState, TrainStep, make_optimizer
+from semi_fast.loop.step import NEVER, StepReport, TrainState, TrainStep, make_optimizer
 from semi_fast.methods import Environment, make_method, memory_bank
 from semi_fast.methods.semi import SeMi
 from semi_fast.models.classifier import Classifier
@@ -284,7 +284,7 @@ def test_a_weak_row_that_is_not_finite_is_noticed_and_not_only_rejected(name: st
     step.state.model.register_forward_hook(spoil)  # type: ignore[arg-type]
     for t in range(3):
         report = step(ROWS)
-        assert report.values["total"].isfinite()
+        assert report.terms["total"].isfinite()
         assert all(p.grad is None or p.grad.isfinite().all() for p in step.state.model.parameters())
         if t == 1 and output == "head":
             assert not report.pending["mask"][0], "rejected"
@@ -419,7 +419,8 @@ def test_no_count_is_lost_beyond_float32() -> None:
     for counts in (interval.seen[1, 1:2], interval.used[1, 1:2], interval.rows):
         counts.fill_(FIRST_LOST - 1)
     one = torch.tensor([1])
-    interval.add({"total": torch.tensor(1.0)}, torch.tensor([0]), one, one.bool())
+    pending = {"pseudo_label": one, "mask": one.bool()}
+    interval.add(StepReport({"total": torch.tensor(1.0)}, {}, pending), torch.tensor([0]))
     assert (interval.seen[1, 1], interval.used[1, 1]) == (FIRST_LOST, FIRST_LOST)
     assert interval.rows.tolist() == [FIRST_LOST] * 2
 
@@ -448,7 +449,7 @@ def test_all_rows_of_a_step_are_normalised_together(name: str) -> None:
     for shown in (views, others):
         step = step_of(METHODS[name], lambda shown=shown: shown, precision="fp32", norm=True)
         step.state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        terms.append(step(ROWS).values["supervised"].item())
+        terms.append(step(ROWS).terms["supervised"].item())
         assert len(seen) == len(terms)
         assert torch.equal(seen[-1], shown)
         norm = step.state.model.get_submodule("backbone.0")

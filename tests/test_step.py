@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -15,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from semi_fast.batch import RowLayout, Rows
 from semi_fast.loop.ema import WeightAverage
-from semi_fast.loop.engine import Engine
 from semi_fast.loop.evaluation import EvalSet, Evaluation
 from semi_fast.loop.metrics import Interval
+from semi_fast.loop.program import Program
 from semi_fast.loop.sampling import Batches
 from semi_fast.loop.step import NEVER, TrainState, TrainStep, make_optimizer
 from semi_fast.methods import Environment, make_method
@@ -26,7 +25,6 @@ from semi_fast.ops import door
 from semi_fast.ops.rand_augment import normalise
 from semi_fast.ops.rand_augment.reference import affine_table
 from semi_fast.pipelines.augment import Augmenter
-from semi_fast.schema.config import Config
 from semi_fast.schema.data import AugmentConfig
 from semi_fast.schema.method import MethodConfig, SemiConfig
 from semi_fast.schema.model import EmaConfig, ModelConfig, OptimConfig
@@ -125,10 +123,10 @@ def test_a_step_never_waits_for_the_device(name: str, obstacle: str, monkeypatch
         step, rows = program(METHODS[name], torch.device("cuda"))
         for _ in range(2):
             report = step(rows())
-        assert report.values["total"].device.type == "cuda"
+        assert report.terms["total"].device.type == "cuda"
 
 
-def engine(options: MethodConfig, device: torch.device) -> Engine:
+def whole(options: MethodConfig, device: torch.device) -> Program:
     """A step with all that the loop adds to it: sampling, reading, sums and evaluation."""
     step, _ = program(options, device)
     needs = step.method.needs
@@ -143,25 +141,21 @@ def engine(options: MethodConfig, device: torch.device) -> Engine:
 
     statistics = torch.zeros(3, device=device), torch.ones(3, device=device)
     source = Mock(read=lambda ids, out: torch.index_select(images, 0, ids, out=out))
-    return Engine(
-        Config(),
+    return Program(
         step,
         source,
         batches,
         layout=RowLayout(4, unlabeled, needs.strong_views),
-        resolution=(32, 32),
+        images=torch.empty(4 + unlabeled, 32, 32, 3, dtype=torch.uint8, device=device),
         labels=labels,
         interval=Interval(labels, 10),
         evaluations=[
             Evaluation(EvalSet("test", images, labels), predict, names=needs.heads, classes=10, batch=64, rank=0)
         ],
-        labeled_counts=COUNTS,
-        levels=([], ""),
-        metrics=None,
-        screen=Mock(),
-        checkpoints=Path(),
-        meta={},
-        track=Mock(),
+        levels=[],
+        why="",
+        seed=0,
+        say=Mock(),
     )
 
 
@@ -190,7 +184,7 @@ def test_what_a_graph_holds_neither_waits_nor_copies_from_the_host(
     """The whole work of a step and of an evaluation, and the orders that are made between steps."""
     monkeypatch.setattr(door, "OBSTACLE", obstacle)
     with FakeTensorMode():
-        steps = engine(METHODS[name], torch.device("cuda"))
+        steps = whole(METHODS[name], torch.device("cuda"))
         for step in range(2):
             steps.draws.renew(step)
             steps.work()  # the first one makes constant tables

@@ -137,7 +137,7 @@ def row_of(
     ours = isinstance(loop, OurLoop)
     row: dict[str, Any] = {"kind": kind, "trainer": name, **setting.columns}
     row["precision"] = setting.config.precision if ours else "fp32"
-    row["level"] = loop.engine.level["level"] if isinstance(loop, OurLoop) else "eager"
+    row["level"] = loop.run.program.prepared["level"] if isinstance(loop, OurLoop) else "eager"
     row |= ops.spread_cells(SPREADS, found)
     row |= dict.fromkeys(VALUES, "") | dict(values)
     judged = goals(os.cpu_count() or 1) if ours else ()

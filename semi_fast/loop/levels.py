@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from semi_fast import processes
-from semi_fast.loop.capture import CaptureError, Graph, memory_pool, rehearse
-from semi_fast.loop.evaluation import Evaluation
-from semi_fast.loop.step import AUTOCAST, Compiler, TrainStep
+from semi_fast.loop.step import AUTOCAST, Compiler
 from semi_fast.ops import door
 from semi_fast.schema.engine import EngineConfig
 
@@ -99,65 +95,6 @@ def compile_obstacle(device: torch.device, *, synchronised: bool) -> str:
     return ""
 
 
-class Steps(Protocol):
-    """What is brought to a level: the engine."""
-
-    program: TrainStep
-    evaluations: Sequence[Evaluation]
-    levels: Sequence[Level]
-    device: torch.device
-
-    def changed(self) -> Iterable[tuple[str, Tensor]]: ...
-
-    def compile(self, compiled: Compiler) -> None: ...
-
-    def work(self) -> None: ...
-
-
-def settle(steps: Steps, say: Callable[[str], None]) -> tuple[Callable[[], None], Level]:
-    """(a step's work at the first of the levels that can be carried out, that level); nothing has been trained.
-
-    A level whose rehearsal fails is named, with the reason, and the next one is tried. Raises RuntimeError in one line
-    if none is left, when the memory does not suffice, when a capture fails, after which torch cannot go on, and when
-    one of several processes fails.
-    """
-    for level in steps.levels:
-        try:
-            return prepared(steps, level), level
-        except ValueError:
-            raise
-        except Exception as error:  # compilers raise what they like
-            if memory := out_of_memory(error):
-                raise RuntimeError(too_large(steps, memory)) from error
-            if isinstance(error, CaptureError):
-                line = f"the step could not be captured: {said(error)}; use --engine.level=compile"
-                raise RuntimeError(line) from error
-            if level is steps.levels[-1] or processes.count() > 1:
-                other = "another method or model" if level.name == "eager" else "--engine.level=eager"
-                raise RuntimeError(f"engine.level={level.name} failed: {said(error)}; use {other}") from error
-            say(f"engine: {level.name} failed ({said(error)}); trying the next level")
-            steps.compile(lambda function: function)
-    raise AssertionError("there is at least one level")
-
-
-def prepared(steps: Steps, level: Level) -> Callable[[], None]:
-    """A step's work at this level, tried out where that can fail, without a trace; evaluation as far as captured."""
-    if level.compiled:
-        steps.compile(compiler(level))
-    parameters = sum(p.numel() for p in steps.program.state.model.parameters())
-    if level.name == "eager" and processes.count() > 1 and parameters >= level.ddp_parameters:
-        steps.program.overlap_exchange()
-    if steps.device.type == "cpu" and level.name == "eager":
-        return steps.work
-    rehearse(steps.work, steps.changed, steps.device)
-    steps.program.state.optimizer.zero_grad(set_to_none=True)  # a graph has gradients of its own
-    pool = memory_pool(steps.device)
-    for evaluation in steps.evaluations:
-        rehearse(evaluation.run, evaluation.changed, steps.device)
-        evaluation.run = Graph(evaluation.run, pool) if level.captured else evaluation.run
-    return Graph(steps.work, pool) if level.captured else steps.work
-
-
 def inductor_options(level: Level) -> dict[str, Any]:
     """How torch.compile makes code, small kernels that do not depend on one another as one.
 
@@ -211,11 +148,11 @@ def out_of_memory(error: BaseException | None) -> BaseException | None:
     return found
 
 
-def too_large(steps: Steps, error: BaseException) -> str:
+def no_room(error: BaseException, device: torch.device, precision: str) -> str:
     """What did not fit, how much there is, and what to change."""
-    free, total = (n / GIB for n in torch.cuda.mem_get_info(steps.device))
-    peak = torch.cuda.max_memory_allocated(steps.device) / GIB
-    half = "" if steps.program.precision in AUTOCAST else ", or use --precision=bf16"
+    free, total = (n / GIB for n in torch.cuda.mem_get_info(device))
+    peak = torch.cuda.max_memory_allocated(device) / GIB
+    half = "" if precision in AUTOCAST else ", or use --precision=bf16"
     return (
         f"out of memory at the first step: {said(error)} This run had taken {peak:.1f} GiB, {free:.1f} of "
         f"{total:.1f} GiB are free; lower --batch.labeled or --eval.batch{half}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from semi_fast import processes
+from semi_fast.loop.step import StepReport
 
 
 def add_pairs(counts: Tensor, truth: Tensor, predicted: Tensor, counted: Tensor) -> None:
@@ -31,22 +32,23 @@ class Interval:
         It lives here and not where a method could reach it.
         """
         self.truth, device = truth, truth.device
-        self.names: list[str] = []
-        self.sums = torch.zeros(0, dtype=torch.float64, device=device)  # of the scalars, in the order of the names
+        self.names: dict[str, list[str]] = {}  # of terms and of stats
+        self.sums = torch.zeros(0, dtype=torch.float64, device=device)  # of the scalars, in this order
         self.steps = 0
         self.seen = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # [truth, pseudo-label]
         self.used = torch.zeros_like(self.seen)
         self.rows = torch.zeros(2, dtype=torch.int64, device=device)  # unlabeled rows: masked in, all
         self.count: Callable[..., None] = self.add_stacked
 
-    def add(self, values: dict[str, Tensor], ids: Tensor, pseudo_label: Tensor | None, mask: Tensor | None) -> None:
-        """One step: scalars by name, and for the whole batch of unlabeled images ids, pseudo-label and mask [U].
+    def add(self, report: StepReport, ids: Tensor) -> None:
+        """One step: its scalars, and of the whole batch of unlabeled images with these ids [U] the pseudo-labels.
 
         Device work alone, so that it can be captured; who runs the step counts `steps`.
         """
         if not self.names:
-            self.open(list(values), self.steps)
-        self.count(torch.stack([value.detach() for value in values.values()]), ids, pseudo_label, mask)
+            self.open({"terms": list(report.terms), "stats": list(report.stats)}, self.steps)
+        scalars = torch.stack([*report.terms.values(), *report.stats.values()])
+        self.count(scalars, ids, report.pending.get("pseudo_label"), report.pending.get("mask"))
 
     def compile(self, compiled: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
         """From the next call on run what `compiled` makes of the sums."""
@@ -63,24 +65,30 @@ class Interval:
         add_pairs(self.used, truth, pseudo_label, known & mask)
         self.rows += torch.stack([mask, torch.ones_like(mask)]).sum(1)
 
-    def read(self) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """(means by name over steps and processes, fate of the pseudo-labels or None) since the last reset.
+    def read(self) -> tuple[dict[str, float], dict[str, float], dict[str, Any] | None]:
+        """(means of the terms, of the stats, over steps and processes; fate of the pseudo-labels or None) since the
+        last reset.
 
         Waits for the device.
         """
         self.share()
-        means = {name: value / self.steps for name, value in zip(self.names, self.sums.tolist(), strict=True)}
+        means = iter((self.sums / self.steps).tolist())
+        terms, stats = ({name: next(means) for name in self.names[kind]} for kind in ("terms", "stats"))
         used_rows, rows = self.rows.tolist()
         if not rows:
-            return means, None
+            return terms, stats, None
         seen, used = self.seen.cpu(), self.used.cpu()
-        return means, {
-            "used_fraction": used_rows / rows,
-            "seen": seen.sum(1).tolist(),
-            "used": used.sum(1).tolist(),
-            "correct": used.diagonal().tolist(),
-            "predicted": used.sum(0).tolist(),
-        }
+        return (
+            terms,
+            stats,
+            {
+                "used_fraction": used_rows / rows,
+                "seen": seen.sum(1).tolist(),
+                "used": used.sum(1).tolist(),
+                "correct": used.diagonal().tolist(),
+                "predicted": used.sum(0).tolist(),
+            },
+        )
 
     def share(self) -> None:
         """Replace every process's sums of scalars by their mean over processes."""
@@ -96,7 +104,7 @@ class Interval:
         """Name and storage of every sum."""
         return [("sums", self.sums), ("seen", self.seen), ("used", self.used), ("rows", self.rows)]
 
-    def open(self, names: Sequence[str], steps: int) -> None:
-        """Make room for the sums of these names, `steps` steps into an interval."""
-        self.names, self.steps = list(names), steps
-        self.sums = torch.zeros(len(names), dtype=torch.float64, device=self.truth.device)
+    def open(self, names: dict[str, list[str]], steps: int) -> None:
+        """Make room for the sums of these terms and stats, `steps` steps into an interval."""
+        self.names, self.steps = names, steps
+        self.sums = torch.zeros(sum(map(len, names.values())), dtype=torch.float64, device=self.truth.device)

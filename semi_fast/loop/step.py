@@ -60,8 +60,10 @@ class TrainState:
 class StepReport:
     """What a step leaves for the loop to count; nothing has been read back."""
 
-    values: dict[str, Tensor]
-    """Scalars: `total`, the loss terms, and the method's stats, of this process."""
+    terms: dict[str, Tensor]
+    """Scalars of this process: `total` and the loss terms."""
+    stats: dict[str, Tensor]
+    """The method's, scalars too."""
     pending: State
     """What the method carried over, for the whole batch."""
 
@@ -170,5 +172,5 @@ class TrainStep:
         s.scaler.update()
         s.average.update(weight)
 
-        values = {"total": loss.total, **loss.terms, **{f"stat.{name}": value for name, value in loss.stats.items()}}
-        return StepReport({name: value.detach() for name, value in values.items()}, pending)
+        terms = {"total": loss.total.detach(), **loss.terms}
+        return StepReport(terms, {name: value.detach() for name, value in loss.stats.items()}, pending)
