@@ -170,9 +170,8 @@ def build(
         return outputs.logits | {method.predicts: method.logits(state.method, outputs)}
 
     screen = runlog.Screen(config.method.name, steps=config.optim.steps, quiet=not main)
-    several = accelerator.num_processes > 1
-    synchronised = several and config.model.bn == "sync"
-    levels, why = ladder(config.engine, device, several_processes=several, synchronised=synchronised)
+    several, synchronised = accelerator.num_processes > 1, config.model.bn == "sync"
+    levels, why = ladder(config.engine, device, several_processes=several, synchronised=several and synchronised)
     program = Program(
         step,
         source,

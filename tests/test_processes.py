@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from semi_fast.loop.step import StepReport, TrainStep
 from semi_fast.methods import semi
 from semi_fast.methods.base import Loss
 from semi_fast.ops.pseudo_label import PseudoLabels
+from semi_fast.schema.config import Config
 
 from .libraries import needs
 from .ranks import Rank, run_of
@@ -184,6 +185,25 @@ def test_a_run_goes_on_with_another_number_of_processes(
     resumed = run(count, digits, tmp_path / "run", "--resume=auto")
     assert len(resumed.ranks[0].steps) == STEPS - 6
     assert_equal(one, resumed)
+
+
+def train_twice_in_a_session() -> None:
+    """A shorter run first, then the run."""
+
+    def twice(config: Config) -> dict[str, Any]:
+        shorter = replace(config, run_dir=f"{config.run_dir}_first", optim=replace(config.optim, steps=6))
+        with train.session(config) as accelerator:
+            train.run_in(accelerator, shorter)
+            return train.run_in(accelerator, config)
+
+    train.run = twice
+
+
+def test_runs_may_follow_one_another_in_a_session(two: Run, digits: Path, tmp_path: Path) -> None:
+    second = run(2, digits, tmp_path / "run", change=train_twice_in_a_session)
+    assert json.loads((tmp_path / "run_first" / "summary.json").read_text())["status"] == "finished"
+    assert_same_bits(second.tensors(), two.tensors())
+    assert second.read("summary.json")["status"] == "finished"
 
 
 def test_two_processes_go_on_as_two_bit_for_bit(two: Run, digits: Path, tmp_path: Path) -> None:
