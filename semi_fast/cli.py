@@ -80,7 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--list", action="store_true", dest="listed", help="print all cells, and which can be trained"
     )
-    reproduce.add_argument("--seeds", default="0,1,2", metavar="K,...", help="one run each; default 0,1,2")
+    reproduce.add_argument("--print-config", action="store_true", help="print the cell's configuration, to be trained")
+    reproduce.add_argument("--seeds", metavar="K,...", help="one run each; default 0,1,2")
     reproduce.add_argument("--steps", type=int, metavar="N", help="shorten the runs; the result says so")
     reproduce.add_argument(
         "--data", type=PATH, metavar="DATA", help="the prepared data set; default: the cell's data.path"
@@ -172,14 +173,16 @@ def run_reproduce(
     *,
     cell: str | None,
     listed: bool,
-    seeds: str,
+    print_config: bool,
+    seeds: str | None,
     steps: int | None,
     data: str | None,
     out: str | None,
 ) -> int:
     """`semi-fast reproduce`; `others` are the words that are keys of the configuration."""
+    given = [word for word in (steps and "--steps", data and "--data", out and "--out", *others) if word]
     if listed:
-        if given := [word for word in (cell, steps and "--steps", data and "--data", out and "--out", *others) if word]:
+        if given := [word for word in (cell, print_config and "--print-config", *given) if word]:
             raise ValueError(f"reproduce --list shows all cells; leave out {' '.join(given)}")
         from semi_fast.reproduce.cells import listing
 
@@ -187,12 +190,25 @@ def run_reproduce(
         return 0
     if cell is None:
         raise ValueError("reproduce needs a CELL; semi-fast reproduce --list shows them")
+    if print_config:
+        if given := [*([] if seeds is None else ["--seeds"]), *given]:
+            raise ValueError(
+                f"reproduce --print-config prints the cell as published; leave out {' '.join(given)}: seed, data, "
+                "steps and other keys are flags of semi-fast train --config FILE"
+            )
+        from semi_fast.reproduce.cells import find
+        from semi_fast.reproduce.configuration import text
+
+        print(text(find(cell)), end="")
+        return 0
     files, flags = ordered(others)
     if files:
         raise ValueError(f"reproduce takes the configuration of its cell; leave out --config {files[0]}")
     from semi_fast.commands.reproduce import reproduce
 
-    reproduce(cell, seeds=parse_seeds(seeds), steps=steps, data=data, out=out, flags=flags)
+    reproduce(
+        cell, seeds=parse_seeds("0,1,2" if seeds is None else seeds), steps=steps, data=data, out=out, flags=flags
+    )
     return 0
 
 

@@ -44,6 +44,14 @@ def test_the_table_is_that_of_the_collected_runs() -> None:
         assert markdown(list(csv.DictReader(file))) in TEXT
 
 
+def test_the_configurations_expect_what_the_collected_runs_have() -> None:
+    with (ROOT / "benchmarks" / "results" / "cpu_cifar10_lt.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            words = (ROOT / row["command"].split("--config ")[1]).read_text(encoding="utf-8")
+            assert f"# Expected: {float(row['balanced_accuracy_last20']):.1f} % balanced accuracy" in words
+            assert f"# Duration: {float(row['seconds']) / 60:.1f} minutes" in words
+
+
 def test_the_figures_of_the_bank_are_those_of_the_table() -> None:
     with (ROOT / "benchmarks" / "results" / "ops_cpu.csv").open(encoding="utf-8") as file:
         rows = {row["shape"]: row for row in csv.DictReader(file) if row["operation"] == "bank_push"}

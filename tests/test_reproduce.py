@@ -1,4 +1,4 @@
-"""The cells of the paper's tables: complete, committed as generated, cut as published, and run and compared."""
+"""The cells of the paper's tables: complete, printed as they are resolved, cut as published, and run and compared."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ from semi_fast.data_prep.long_tail import make_split
 from semi_fast.disk import locked
 from semi_fast.methods import make_method
 from semi_fast.prepared.manifest import Manifest
-from semi_fast.reproduce.cells import CONFIGS, Cell, cells, document, find
+from semi_fast.reproduce.cells import cells, document, find
 from semi_fast.reproduce.compare import against_paper, verdict
-from semi_fast.reproduce.generate import configurations
+from semi_fast.reproduce.configuration import resolved, text
 from semi_fast.schema.config import Config, check, leaves, plain
 from semi_fast.schema.semi import PRESETS, SemiConfig
-from semi_fast.schema.yaml_file import dump
 
 from .conftest import SHARED
 from .synthetic_data import write_cifar10_binary, write_prepared
 
 CELL = "table1/semi/cifar10_lt/n500_m4000_g100"
 HERE = [cell for cell in cells().values() if cell.keys is not None]
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+COPIES = {
+    "cifar10_lt/semi": CELL,
+    "cifar100_lt/semi": "table1/semi/cifar100_lt/n150_m300_g10",
+    "stl10_lt/semi": "table2/semi/stl10_lt/n150_g10",
+    "imagenet127/semi_32": "table4/semi/imagenet127_32/labels10",
+    "imagenet127/semi_64": "table4/semi/imagenet127_64/labels10",
+}
+"""Files under configs/ that stand for a cell."""
 TINY = """
 --split.labeled_max=20 --split.unlabeled_max=30 --split.imbalance_labeled=5 --split.imbalance_unlabeled=5
 --batch.labeled=8 --model.name=wrn_10_1 --eval.every=3 --device=cpu --precision=fp32
@@ -41,7 +49,7 @@ TINY = """
 
 @cache
 def config_of(name: str, *flags: str) -> Config:
-    return parse_config([f"--config={find(name).file}", *flags])
+    return resolved(find(name), flags)
 
 
 # The table.
@@ -83,7 +91,7 @@ def test_every_printed_value_is_in_the_table() -> None:
     assert {c.name: (c.paper.mean, c.paper.std, c.paper.note is not None) for c in printed} == expected
 
 
-def test_every_cell_of_a_method_that_exists_has_its_configuration() -> None:
+def test_every_cell_of_a_method_that_exists_can_be_trained() -> None:
     assert Counter(cell.method for cell in HERE) == Counter(
         supervised=8,
         supervised_la=8,
@@ -99,13 +107,6 @@ def test_every_cell_of_a_method_that_exists_has_its_configuration() -> None:
     )
 
 
-def test_the_committed_configurations_are_what_the_table_generates() -> None:
-    generated = {str(path.relative_to(CONFIGS)): text for path, text in configurations().items()}
-    committed = {str(path.relative_to(CONFIGS)): path.read_text(encoding="utf-8") for path in CONFIGS.rglob("*.yaml")}
-    assert committed.keys() == generated.keys(), "run python -m semi_fast.reproduce.generate"
-    assert [name for name in committed if committed[name] != generated[name]] == [], "run it"
-
-
 def test_patterns_and_names_of_the_table_are_used() -> None:
     content = document()
     for caveat in content["caveats"]:
@@ -119,26 +120,61 @@ def test_patterns_and_names_of_the_table_are_used() -> None:
 # The configurations.
 
 
-@pytest.mark.parametrize("cell", HERE, ids=lambda cell: cell.name)
-def test_a_configuration_loads_and_says_what_to_expect(cell: Cell, tmp_path: Path) -> None:
-    config = config_of(cell.name)
-    check(config)
-    head = [line for line in cell.file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    for word in ("Command:", "Expected:", "Duration:", "Protocol:", "Caveats:"):
-        assert sum(line.startswith(f"# {word}") for line in head) == 1, word
-    text = " ".join(line.removeprefix("# ").strip() for line in head)
-    assert f"semi-fast reproduce {cell.name} " in text
-    assert f"--config configs/paper/{cell.name}.yaml" in text
-    assert f"the paper prints {cell.paper} %" in text
-    assert "not measured" in text
-    assert all(len(line) <= 120 for line in head)
-    defaults, given = leaves(plain(Config())), leaves(yaml.safe_load(cell.file.read_text(encoding="utf-8")))
-    assert [key for key, value in given.items() if value == defaults[key]] == [], "only what differs from the defaults"
-    assert {key: leaves(plain(config))[key] for key in given} == given
-    assert make_method(config.method, steps=config.optim.steps).predicts == cell.head
-    (tmp_path / "again.yaml").write_text(dump(config))
-    if cell.table == "table5":
-        assert parse_config([f"--config={tmp_path / 'again.yaml'}"]) == config
+def test_every_cell_is_printed_as_it_is_resolved(capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = leaves(plain(Config()))
+    for cell in HERE:
+        assert main(["reproduce", cell.name, "--print-config"]) == 0
+        printed = capsys.readouterr().out
+        assert printed == text(cell)
+        assert printed.isascii()
+        config = config_of(cell.name)  # made by reading a file of this text
+        check(config)
+        assert cell.keys is not None
+        assert leaves(plain(config)) == defaults | cell.keys
+        assert [key for key, value in cell.keys.items() if value == defaults[key]] == []
+        assert make_method(config.method, steps=config.optim.steps).predicts == cell.head
+        head = [line for line in printed.splitlines() if line.startswith("#")]
+        for word in ("Command:", "Data:", "Expected:", "Duration:", "Protocol:", "Caveats:"):
+            assert sum(line.startswith(f"# {word}") for line in head) == 1, word
+        assert f"# Command:  semi-fast reproduce {cell.name}" in head
+        assert f"the paper prints {cell.paper.mean:.1f} " in " ".join(head)
+        assert sum(line.startswith("#   - ") for line in head) == len(cell.caveats)
+        assert all(len(line) <= 120 for line in head)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_file_to_copy_is_its_cell(name: str) -> None:
+    cell, file = find(COPIES[name]), CONFIGS / f"{name}.yaml"
+    assert parse_config([f"--config={file}"]) == config_of(cell.name)
+    words = file.read_text(encoding="utf-8")
+    printed = str(cell.paper).replace("±", "+-")
+    for said in (f"the paper prints {printed} % (", f"{cell.source})", f"semi-fast reproduce {cell.name}\n"):
+        assert said in words, said
+    assert f"{cell.data.prepare} {config_of(cell.name).data.path}\n" in words
+
+
+def test_a_folder_of_pictures_has_the_schedules_of_a_shortened_run() -> None:
+    config = parse_config([f"--config={CONFIGS / 'folder' / 'semi.yaml'}"])
+    assert config.method.epoch_steps == shortened(Config(), config.optim.steps)["method.epoch_steps"]
+    assert config == replace(
+        Config(),
+        data=replace(Config().data, path="data/mine"),
+        optim=replace(Config().optim, steps=config.optim.steps),
+        method=replace(Config().method, epoch_steps=config.method.epoch_steps),
+    )
+
+
+@pytest.mark.parametrize("root", ["configs", "./configs", "semi_fast/configs", "/somewhere/configs"])
+def test_what_was_a_file_is_named_by_its_cell(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("train --config {}", "sweep {} --out nowhere"):
+        for path, cell in ((f"{CELL}.yaml", CELL), ("table1", "CELL"), ("", "CELL")):
+            assert main(shlex.split(line.format(f"{root}/paper/{path}"))) == 2
+            (said,) = capsys.readouterr().err.splitlines()
+            assert (
+                f"no such configuration file; the paper's cells are printed: semi-fast reproduce {cell} --print" in said
+            )
+    assert main(["train", f"--config={root}/papers/{CELL}.yaml"]) == 2
+    assert "see configs/ for some" in capsys.readouterr().err
 
 
 def test_the_constants_are_those_of_the_paper_and_its_code() -> None:
@@ -317,12 +353,17 @@ def test_what_cannot_be_reproduced_gets_one_line(
         refused(capsys, f"{CELL} --{flag}=1", "is set by reproduce", way_out)
     refused(capsys, f"{CELL} --resume=auto", "--resume", "leave it out")
     refused(capsys, f"{CELL} --config=mine.yaml", "leave out --config mine.yaml")
+    refused(capsys, f"--print-config {CELL} --seeds 0 --steps 3", "as published; leave out --seeds --steps: ", "train")
+    refused(capsys, f"--print-config {CELL} --data d --out o --seed=1", "leave out --data --out --seed=1: ")
+    refused(capsys, "--print-config", "reproduce needs a CELL")
+    refused(capsys, f"--print-config {CELL}".replace("n500", "n50O"), "there is no cell", f"did you mean {CELL}")
+    refused(capsys, "--print-config --list", "--list shows all cells; leave out --print-config")
     refused(capsys, f"{CELL} --optim.lrr=1", "there is no key optim.lrr", "optim.lr?")
     refused(capsys, f"{CELL} stray", "'stray'")
     launched = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"
     for word in launched.split():
         monkeypatch.setenv(*word.split("="))
-    refused(capsys, CELL, "accelerate launch -m semi_fast.train", f"configs/paper/{CELL}.yaml", "collects them")
+    refused(capsys, CELL, f"reproduce {CELL} --print-config > FILE", "accelerate launch -m semi_fast.train", "collects")
     assert list(tmp_path.iterdir()) == []
 
 

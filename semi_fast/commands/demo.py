@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 METHODS = ("supervised_la", "fixmatch", "semi")
-CONFIGS = Path(__file__).parent / "configs" / "digits"
+CONFIGS = Path(__file__).parents[1] / "configs" / "digits"
 
 
 def demo(out: Path | None = None) -> Path:

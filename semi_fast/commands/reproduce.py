@@ -16,6 +16,7 @@ from semi_fast.prepared.manifest import MANIFEST_FILE, Manifest, load_manifest, 
 from semi_fast.report.compare import Table
 from semi_fast.reproduce.cells import Cell, find
 from semi_fast.reproduce.compare import against_paper, mean_of, verdict
+from semi_fast.reproduce.configuration import resolved
 from semi_fast.rundir.trackers import check_trackers
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import read_json
@@ -50,8 +51,9 @@ def reproduce(
     check_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "reproduce is one process; train each seed with accelerate launch -m semi_fast.train --config "
-            f"configs/paper/{name}.yaml --seed K --run_dir OUT/seed_K, then reproduce --out OUT collects them"
+            f"reproduce is one process; semi-fast reproduce {name} --print-config > FILE, then train each seed with "
+            "accelerate launch -m semi_fast.train --config FILE --seed K --run_dir OUT/seed_K, which reproduce "
+            "--out OUT collects"
         )
     published, config, short = configured(cell, steps=steps, data=data, flags=flags)
     manifest = prepared(cell, Path(config.data.path))
@@ -107,7 +109,7 @@ def configured(
     cell: Cell, *, steps: int | None, data: str | None, flags: Sequence[str]
 ) -> tuple[Config, Config, dict[str, int]]:
     """(the cell as published, the cell as asked for, those of its keys that follow from the number of steps)."""
-    from semi_fast.schema.arguments import key_of, parse_config
+    from semi_fast.schema.arguments import key_of
 
     for flag in flags:
         key = key_of(flag)
@@ -116,8 +118,8 @@ def configured(
         if key == "resume":
             raise ValueError("--resume is set by reproduce, which goes on with what is in --out; leave it out")
     where = [] if data is None else [f"--data.path={data}"]
-    published = parse_config([f"--config={cell.file}", *where])
-    config = parse_config([f"--config={cell.file}", *where, *flags])
+    published = resolved(cell, where)
+    config = resolved(cell, [*where, *flags])
     short: dict[str, int] = {}
     if steps is not None:
         whole = config.optim.steps
@@ -126,7 +128,7 @@ def configured(
         given = {key_of(flag) for flag in flags}
         short = {key: value for key, value in shortened(config, steps).items() if key not in given}
         fitted = [f"--{key}={value}" for key, value in short.items()]
-        config = parse_config([f"--config={cell.file}", *where, *fitted, *flags])
+        config = resolved(cell, [*where, *fitted, *flags])
     return published, config, short
 
 

@@ -16,7 +16,6 @@ from semi_fast.schema.config import Config, leaves, plain
 from semi_fast.schema.yaml_file import check_keys
 
 TABLE = Path(__file__).parent / "cells.yaml"
-CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
 SEMI = "method.semi."
 RUNS = 3
 """Runs behind a value that the paper prints with a spread; seeds 0, 1, ... stand for them."""
@@ -66,11 +65,6 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.table}/{self.method}/{self.setting}"
-
-    @property
-    def file(self) -> Path:
-        """The configuration that `semi_fast.reproduce.generate` writes, where there is one."""
-        return CONFIGS / f"{self.name}.yaml"
 
     @property
     def source(self) -> str:

@@ -78,7 +78,7 @@ def check_file(path: Path) -> list[str]:
     """A file's dotted keys; ValueError in one line unless it is YAML whose every key the configuration has, once."""
     try:
         if not path.is_file():  # a pipe, too: the file is read twice
-            raise ValueError("no such configuration file; see configs/ for some")
+            raise ValueError(f"no such configuration file; {instead_of(path)}")
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"a configuration has at most {MAX_BYTES} bytes")
         tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506, a SafeLoader
@@ -103,6 +103,18 @@ def check_file(path: Path) -> list[str]:
         if value is None and type(None) not in get_args(kinds[key]):
             raise ValueError(f"{path}: {key} must have a value; got null: give one, or leave the key out")
     return list(values)
+
+
+def instead_of(path: Path) -> str:
+    """Where to look for a configuration that is not there; the paper's cells once were files under configs/paper/."""
+    paper = re.search(r"(?:^|/)configs/paper(?:$|/)(.*)", path.as_posix())
+    if paper is None:
+        return "see configs/ for some"
+    if paper[1].count("/") == 3:  # table, method, data set, setting
+        return (
+            f"the paper's cells are printed: semi-fast reproduce {paper[1].removesuffix('.yaml')} --print-config > FILE"
+        )
+    return "the paper's cells are printed: semi-fast reproduce CELL --print-config > FILE; reproduce --list shows them"
 
 
 class QuotingDumper(yaml.SafeDumper):
