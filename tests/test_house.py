@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -44,6 +45,9 @@ def second(name: str) -> str:
     return f"{name}.".split(".")[1]
 
 
+parsed = functools.cache(ast.parse)
+
+
 class Module(NamedTuple):
     name: str
     path: Path
@@ -51,7 +55,7 @@ class Module(NamedTuple):
 
     @property
     def tree(self) -> ast.Module:
-        return ast.parse(self.text)
+        return parsed(self.text)
 
     @property
     def part(self) -> str:
@@ -110,6 +114,7 @@ def is_function(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
+@functools.cache
 def imports_of(module: Module) -> list[Import]:
     return imports(module.tree, module.name, package=module.path.name == "__init__.py")
 
