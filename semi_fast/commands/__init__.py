@@ -1,1 +1,25 @@
-"""The commands of `semi-fast`, a module each."""
+"""The commands of `semi-fast`, a module each, and what the arguments of several share.
+
+A module's first line is the command's help, `arguments` declares its flags, and `run` takes their values and returns
+the exit code, or None for 0. What is slow to load is imported where it is used, as help imports all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+PATH = os.path.expanduser
+"""Type of a path: `~`, which shells leave as it is behind an equals sign."""
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", default="0,1,2", metavar="K,...", help="one run each; default 0,1,2")
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` as numbers."""
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) != len(words):
+        raise ValueError(f"--seeds must be different whole numbers, K,K,...; got {text}")
+    return tuple(map(int, words))

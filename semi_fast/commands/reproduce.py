@@ -1,24 +1,27 @@
-"""Runs a cell of the paper's tables, one seed after the other, and prints it beside the paper's value."""
+"""Train a cell of the paper's tables and print it beside the paper's value."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from semi_fast.data_prep.long_tail import split_for
+from semi_fast.commands import PATH, add_seeds, parse_seeds
 from semi_fast.disk import check_directory, locked, write_json
 from semi_fast.launch import check_environment
-from semi_fast.prepared.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
-from semi_fast.report.compare import Table
-from semi_fast.reproduce.cells import Cell, find
-from semi_fast.reproduce.compare import against_paper, mean_of, verdict
 from semi_fast.rundir.trackers import check_trackers
+from semi_fast.schema.arguments import CONFIG_FILE, key_of, ordered, parse_config, read_arguments
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import read_json
+
+if TYPE_CHECKING:
+    from semi_fast.prepared.manifest import Manifest
+    from semi_fast.report.compare import Table
+    from semi_fast.reproduce.cells import Cell
 
 OWNED = {
     "seed": "--seeds",
@@ -28,6 +31,45 @@ OWNED = {
 }
 EVALUATIONS, APART = 60, 50
 """Of a shortened run, so that the twenty that are averaged are its last third; but no fewer steps apart."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cell", nargs="?", metavar="CELL", help="table1/semi/cifar10_lt/n500_m4000_g100; see --list")
+    parser.add_argument("--list", action="store_true", dest="listed", help="print all cells, and which can be trained")
+    add_seeds(parser)
+    parser.add_argument("--steps", type=int, metavar="N", help="shorten the runs; the result says so")
+    parser.add_argument(
+        "--data", type=PATH, metavar="DATA", help="the prepared data set; default: the cell's data.path"
+    )
+    parser.add_argument("--out", type=PATH, metavar="DIR", help="where the runs go; default: runs/paper/CELL")
+    parser.set_defaults(keys=[])
+    parser.epilog = "Further flags are keys of the configuration, --key=value; what they change is said."
+
+
+def run(
+    *,
+    cell: str | None,
+    listed: bool,
+    seeds: str,
+    steps: int | None,
+    data: str | None,
+    out: str | None,
+    keys: Sequence[str],
+) -> None:
+    """List the cells, or train one; `keys` are of the configuration."""
+    if listed:
+        if given := [word for word in (cell, steps and "--steps", data and "--data", out and "--out", *keys) if word]:
+            raise ValueError(f"reproduce --list shows all cells; leave out {' '.join(given)}")
+        from semi_fast.reproduce.cells import listing
+
+        print(listing())
+        return
+    if cell is None:
+        raise ValueError("reproduce needs a CELL; semi-fast reproduce --list shows them")
+    files, flags = ordered(keys)
+    if files:
+        raise ValueError(f"reproduce takes the configuration of its cell; leave out --config {files[0]}")
+    reproduce(cell, seeds=parse_seeds(seeds), steps=steps, data=data, out=out, flags=flags)
 
 
 def reproduce(
@@ -46,6 +88,10 @@ def reproduce(
     Raises ValueError for a cell, a flag or data that do not fit, for a run in OUT that is another one, and if another
     process reproduces a cell there.
     """
+    from semi_fast.data_prep.long_tail import split_for
+    from semi_fast.prepared.manifest import seal_split
+    from semi_fast.reproduce.cells import find
+
     cell = find(name)
     check_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -81,7 +127,8 @@ def train_and_compare(
     short: dict[str, int],
 ) -> Path:
     """Train what is not finished of `configs`, one for each seed, and compare."""
-    from semi_fast.train import run
+    from semi_fast import train
+    from semi_fast.reproduce.compare import against_paper, verdict
 
     name, seeds = cell.name, tuple(configs)
     done = {seed: finished(one, split_sha256) for seed, one in configs.items()}
@@ -89,7 +136,7 @@ def train_and_compare(
     for seed, one in configs.items():
         summary = done[seed]
         print(f"{name}, seed {seed}: {one.run_dir}" + ("" if summary is None else " is finished, and taken as it is"))
-        summaries.append(run(one) if summary is None else summary)
+        summaries.append(train.run(one) if summary is None else summary)
         print()
     result = against_paper(cell, summaries)
     comparable, remarks = verdict(cell, published, config, short=short, runs=len(seeds))
@@ -107,8 +154,6 @@ def configured(
     cell: Cell, *, steps: int | None, data: str | None, flags: Sequence[str]
 ) -> tuple[Config, Config, dict[str, int]]:
     """(the cell as published, the cell as asked for, those of its keys that follow from the number of steps)."""
-    from semi_fast.schema.arguments import key_of, parse_config
-
     for flag in flags:
         key = key_of(flag)
         if key in OWNED:
@@ -149,6 +194,8 @@ def shortened(config: Config, steps: int) -> dict[str, int]:
 
 def prepared(cell: Cell, root: Path) -> Manifest:
     """The prepared data set of the cell; ValueError with the command that makes it if it is not there."""
+    from semi_fast.prepared.manifest import MANIFEST_FILE, load_manifest
+
     data = cell.data
     if not (root / MANIFEST_FILE).is_file():
         raise ValueError(
@@ -170,8 +217,6 @@ def finished(config: Config, split_sha256: str) -> dict[str, Any] | None:
 
     Raises ValueError if it is a run of another configuration, or on another split or other data.
     """
-    from semi_fast.schema.arguments import CONFIG_FILE, read_arguments
-
     run_dir = Path(config.run_dir or "")
     if not (run_dir / "summary.json").is_file():
         return None
@@ -193,6 +238,8 @@ def finished(config: Config, split_sha256: str) -> dict[str, Any] | None:
 
 def protocol(summary: dict[str, Any]) -> str:
     """What was measured, and how, in one line."""
+    from semi_fast.reproduce.compare import mean_of
+
     return (
         f"{summary['protocol']}; {summary['predicts']} of the averaged weights on the test set, "
         f"{mean_of(summary['averaged'])}; ± is the sample standard deviation over seeds"

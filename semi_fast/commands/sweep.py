@@ -1,7 +1,8 @@
-"""Many runs, one process each, several at a time on the devices that there are: every configuration with every seed."""
+"""Train several configurations with several seeds, one process each, on all devices."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from semi_fast.commands import PATH, add_seeds, parse_seeds
 from semi_fast.disk import check_directory, locked
 from semi_fast.launch import LAUNCHED, check_environment
 from semi_fast.report import check_page, write_report
 from semi_fast.rundir.trackers import check_trackers
-from semi_fast.schema.arguments import key_of, parse_config, read_arguments
+from semi_fast.schema.arguments import key_of, ordered, parse_config, read_arguments
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.effects import without_effect
 from semi_fast.sealed_json import read_json
@@ -45,6 +47,24 @@ class Cell:
     def output(self) -> Path:
         """What its process prints."""
         return self.run_dir.with_suffix(".log")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", type=PATH, metavar="FILE", help="configurations; a run is OUT/<name of FILE>/seed_K"
+    )
+    add_seeds(parser)
+    parser.add_argument("--out", required=True, type=PATH, metavar="DIR", help="where the runs and their comparison go")
+    parser.add_argument("--per-device", type=int, default=1, metavar="N", help="runs at a time on a GPU, or on the CPU")
+    parser.set_defaults(keys=[])
+    parser.epilog = "Further flags are keys of the configuration, --key=value, for all runs."
+
+
+def run(*, files: Sequence[str], seeds: str, out: str, per_device: int, keys: Sequence[str]) -> int:
+    """Sweep; `keys` are of the configuration. 1 if a run failed, as a launcher has it."""
+    more, flags = ordered(keys)
+    failed = sweep([*files, *more], seeds=parse_seeds(seeds), out=Path(out), per_device=per_device, flags=flags)
+    return 1 if failed else 0
 
 
 def sweep(
