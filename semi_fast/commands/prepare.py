@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from semi_fast.commands import PATH
 from semi_fast.commands.inspect import print_data
 from semi_fast.commands.split import add_split_flags
+from semi_fast.data_prep import DATASETS
 from semi_fast.schema.split import SplitConfig
 
 if TYPE_CHECKING:
     from semi_fast.data_prep.formats import Formats
     from semi_fast.prepared.manifest import Manifest
-
-DATASETS = ("cifar10", "cifar100", "stl10", "imagenet127", "folder", "digits")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
