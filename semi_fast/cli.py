@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import NoReturn
 
 import semi_fast
-from semi_fast.commands import demo, doctor, inspect, prepare, report, reproduce, split, sweep, train, verify
+from semi_fast.commands import as_help, demo, doctor, inspect, prepare, report, reproduce, split, sweep, train, verify
 from semi_fast.errors import EXPECTED, exit_code, one_line
 from semi_fast.screen import check_taken, tolerate_closed_pipes
 
@@ -40,8 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=semi_fast.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        first = (command.__doc__ or "").partition("\n")[0].removesuffix(".")
-        help = first[:1].lower() + first[1:]
+        help = as_help((command.__doc__ or "").partition("\n")[0])
         command.arguments(commands.add_parser(name, help=help, description=help, allow_abbrev=False))
     return parser
 

@@ -13,6 +13,12 @@ PATH = os.path.expanduser
 """Type of a path: `~`, which shells leave as it is behind an equals sign."""
 
 
+def as_help(sentence: str) -> str:
+    """Without capital and full stop, on one line."""
+    text = " ".join(sentence.split()).removesuffix(".")
+    return text[:1].lower() + text[1:]
+
+
 def add_seeds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="0,1,2", metavar="K,...", help="one run each; default 0,1,2")
 

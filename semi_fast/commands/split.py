@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
+from dataclasses import fields
+from inspect import getsource
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from semi_fast.commands import PATH
+from semi_fast.commands import PATH, as_help
 from semi_fast.commands.inspect import class_rows, print_split, print_table
 from semi_fast.schema.split import SplitConfig
 
@@ -21,18 +24,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_split_flags(parser: Any) -> None:
-    """The keys of a split as flags."""
-    parser.add_argument("--labeled-max", type=int, metavar="N1", help="labeled images of the largest class")
-    parser.add_argument("--unlabeled-max", type=int, metavar="M1", help="unlabeled images of the largest class")
-    parser.add_argument("--imbalance-labeled", type=float, default=1.0, metavar="G", help="largest over smallest class")
-    parser.add_argument(
-        "--imbalance-unlabeled", type=float, default=1.0, metavar="G", help="largest over smallest class"
-    )
-    parser.add_argument("--unlabeled-shape", choices=["consistent", "uniform", "reversed"], default="consistent")
-    parser.add_argument("--rule", choices=["semi", "daso", "cossl", "usb"], default="semi", help="whose protocol")
-    parser.add_argument("--labeled-fraction", type=float, metavar="F", help="labeled share of every class; not with N1")
-    parser.add_argument("--validation-per-class", type=int, default=0, metavar="V")
-    parser.add_argument("--seed", type=int, default=0)
+    """The keys of a split as flags, all but `file`, which names one that is there; their help stands below them."""
+    texts = dict(re.findall(r'^    (\w+): [^\n]+\n    """(.+?)"""', getsource(SplitConfig), re.M | re.S))
+    for field in fields(SplitConfig):
+        if field.name != "file":
+            kind = get_type_hints(SplitConfig)[field.name]
+            first, *_ = choices = get_args(kind) or (kind,)
+            kinds = {"choices": choices} if isinstance(first, str) else {"type": first, "metavar": "N"}
+            flag = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(flag, default=field.default, help=as_help(texts[field.name]), **kinds)
 
 
 def run(*, data: str | Path, name: str, **keys: Any) -> None:
