@@ -19,6 +19,7 @@ from benchmarks.measure import Spread, paired_ratio, quartiles
 from benchmarks.reference.loop import ReferenceLoop
 from benchmarks.trainers import OURS, REFERENCE, TRAINERS, OurLoop, Seconds, Setting, Trainer, run_steps, timed
 from semi_fast.screen import tolerate_closed_pipes
+from semi_fast.table import aligned
 
 LAST = 20  # evaluations whose mean is the number to quote
 GOALS = (Goal("cuda", "paper_minutes", 12, False),)
@@ -216,7 +217,7 @@ def screen(rows: Sequence[Row], thresholds: Sequence[float]) -> str:
     lines.append(
         f"balanced accuracy, ours less the reference's: {ahead:+.2f}; over seeds they spread {spreads_of_both}"
     )
-    return "\n\n".join([measure.aligned(table), "\n".join(lines)])
+    return "\n\n".join([aligned(table), "\n".join(lines)])
 
 
 def numbers(text: str) -> list[float]:

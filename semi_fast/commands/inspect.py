@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semi_fast.commands import PATH
+from semi_fast.table import aligned
 
 if TYPE_CHECKING:
     from semi_fast.prepared.manifest import Manifest, Split
@@ -67,11 +68,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The first column is text, the others numbers: a rich table on a terminal, aligned text elsewhere."""
     head = [shown(cell) for cell in head]
     if not sys.stdout.isatty():
-        lines = [head, *rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        for line in lines:
-            numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-            print("  ".join([line[0].ljust(widths[0]), *numbers]))
+        print(aligned([head, *rows]))
         return
     from rich.console import Console
     from rich.markup import escape

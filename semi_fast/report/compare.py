@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from semi_fast.report.run import COUNTS, METRICS, HeadResult, PseudoLabels, Run, number
+from semi_fast.table import aligned
 
 MISSING = "\N{EN DASH}"
 TITLES = {
@@ -42,14 +43,8 @@ class Table:
     def text(self) -> str:
         """Aligned columns for a terminal."""
         lines = [[title for _, title, _ in self.columns], *self.cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = [kind == "text" for _, _, kind in self.columns]
-        lines.insert(1, ["─" * width for width in widths])
-        aligned = [
-            [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)]
-            for line in lines
-        ]
-        return "\n".join("  ".join(line).rstrip() for line in aligned).replace("\N{NO-BREAK SPACE}", " ") + "\n"
+        left = [i for i, (_, _, kind) in enumerate(self.columns) if kind == "text"]
+        return aligned(lines, left=left, rule=True).replace("\N{NO-BREAK SPACE}", " ") + "\n"
 
     def markdown(self) -> str:
         """A pipe table."""
