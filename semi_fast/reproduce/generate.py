@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from semi_fast.reproduce.cells import CONFIGS, RUNS, Cell, cells
-from semi_fast.rundir.summary import AVERAGED
+from semi_fast.rundir.scores import AVERAGED
 from semi_fast.schema.config import Config
 
 WIDTH = 120
