@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NoReturn
 
 import semi_fast
@@ -13,18 +12,7 @@ from semi_fast.commands import as_help, demo, doctor, inspect, prepare, report, 
 from semi_fast.errors import EXPECTED, exit_code, one_line
 from semi_fast.screen import check_taken, tolerate_closed_pipes
 
-COMMANDS: dict[str, ModuleType] = {
-    "train": train,
-    "prepare": prepare,
-    "split": split,
-    "inspect": inspect,
-    "verify": verify,
-    "demo": demo,
-    "reproduce": reproduce,
-    "sweep": sweep,
-    "doctor": doctor,
-    "report": report,
-}
+COMMANDS = (train, prepare, split, inspect, verify, demo, reproduce, sweep, doctor, report)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,9 +27,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="semi-fast", description=semi_fast.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=semi_fast.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        help = as_help((command.__doc__ or "").partition("\n")[0])
-        command.arguments(commands.add_parser(name, help=help, description=help, allow_abbrev=False))
+    for module in COMMANDS:
+        name, help = module.__name__.rpartition(".")[2], as_help((module.__doc__ or "").partition("\n")[0])
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        command.set_defaults(run=module.run)
+        module.arguments(command)
     return parser
 
 
@@ -53,14 +43,14 @@ def run_command(argv: list[str]) -> int:
     check_once(words)
     known, others = make_parser().parse_known_args(words)
     values = vars(known)
-    name = values.pop("command")
+    name, run = values.pop("command"), values.pop("run")
     if values.get("out") == "":
         raise ValueError("--out must name where the output goes; it is empty: give it a name")
     if "keys" in values:  # of the configuration
         values["keys"] = others
     elif others:
         raise ValueError(f"{name} does not take {' '.join(others)}; see semi-fast {name} --help")
-    return COMMANDS[name].run(**values) or 0
+    return run(**values) or 0
 
 
 def check_once(words: Sequence[str]) -> None:

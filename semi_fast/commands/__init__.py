@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+
+from semi_fast.schema.arguments import key_of
 
 PATH = os.path.expanduser
 """Type of a path: `~`, which shells leave as it is behind an equals sign."""
@@ -29,3 +32,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if not all(word.isdecimal() for word in words) or len(set(map(int, words))) != len(words):
         raise ValueError(f"--seeds must be different whole numbers, K,K,...; got {text}")
     return tuple(map(int, words))
+
+
+def check_free(flags: Sequence[str], owned: dict[str, str], command: str) -> None:
+    """Raise ValueError for a key of the configuration that the command sets; `owned` says what to use instead."""
+    for key in map(key_of, flags):
+        if key in owned:
+            raise ValueError(f"--{key} is set by {command}; use {owned[key]}")

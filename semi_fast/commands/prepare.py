@@ -65,21 +65,11 @@ def run(
     What images are accepted (`on_bad` to `follow`) is for raw data that is files of images. With `keys` of a split the
     data set holds that split's rows alone, and the split.
     """
+    from semi_fast.data_prep import prepare as raw_data
     from semi_fast.data_prep.formats import Formats
-    from semi_fast.data_prep.prepare import (
-        BAD_FILE,
-        prepare_cifar10,
-        prepare_cifar100,
-        prepare_digits,
-        prepare_folder,
-        prepare_imagenet127,
-        prepare_stl10,
-    )
     from semi_fast.data_prep.readers.image_file import REFUSED, Accepted
     from semi_fast.data_prep.subset import inputs_digest, prepare_subset
 
-    if dataset not in DATASETS:
-        raise ValueError(f"prepare knows {', '.join(DATASETS)}; got {dataset!r}")
     if (raw is None) != (dataset == "digits"):
         rule = "comes with scikit-learn and takes no --raw" if dataset == "digits" else "needs --raw, the raw data"
         raise ValueError(f"prepare {dataset} {rule}; got {raw or 'none'}")
@@ -96,16 +86,16 @@ def run(
 
     def whole(target: Path, formats: Formats) -> Manifest:
         if folder is None:
-            return prepare_digits(target, formats=formats, **sized)
+            return raw_data.prepare_digits(target, formats=formats, **sized)
         if dataset == "cifar10":
-            return prepare_cifar10(folder, target, formats)
+            return raw_data.prepare_cifar10(folder, target, formats)
         if dataset == "cifar100":
-            return prepare_cifar100(folder, target, formats)
+            return raw_data.prepare_cifar100(folder, target, formats)
         if dataset == "stl10":
-            return prepare_stl10(folder, target, formats=formats, **sized)
+            return raw_data.prepare_stl10(folder, target, formats=formats, **sized)
         if dataset == "imagenet127":
-            return prepare_imagenet127(folder, target, formats=formats, accepted=accepted, **sized)
-        return prepare_folder(folder, target, formats=formats, accepted=accepted, **sized)
+            return raw_data.prepare_imagenet127(folder, target, formats=formats, accepted=accepted, **sized)
+        return raw_data.prepare_folder(folder, target, formats=formats, accepted=accepted, **sized)
 
     if split == SplitConfig():
         manifest = whole(Path(out), chosen)
@@ -122,6 +112,6 @@ def run(
     if hidden:
         print(f"note: {hidden} hidden files, or leftovers of file managers, were ignored", file=sys.stderr)
     if left_out := manifest.source.get("left_out"):
-        print(f"warning: {left_out} files were left out, see {manifest.root / BAD_FILE}", file=sys.stderr)
+        print(f"warning: {left_out} files were left out, see {manifest.root / raw_data.BAD_FILE}", file=sys.stderr)
     if repeated:
         print(f"warning: {repeated} test images have the pixels of a train or unlabeled image", file=sys.stderr)

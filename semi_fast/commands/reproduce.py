@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semi_fast.commands import PATH, add_seeds, parse_seeds
+from semi_fast.commands import PATH, add_seeds, check_free, parse_seeds
 from semi_fast.disk import check_directory, locked, write_json
 from semi_fast.launch import check_environment
 from semi_fast.rundir.trackers import check_trackers
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
     from semi_fast.report.compare import Table
     from semi_fast.reproduce.cells import Cell
 
-OWNED = {
-    "seed": "--seeds",
-    "run_dir": "--out",
-    "data.path": "--data",
-    "optim.steps": "--steps",
-}
+OWNED = {"seed": "--seeds", "run_dir": "--out", "data.path": "--data", "optim.steps": "--steps"}
+OWNED |= {"resume": "nothing: an unfinished run in --out is always resumed"}
 EVALUATIONS, APART = 60, 50
 """Of a shortened run, so that the twenty that are averaged are its last third; but no fewer steps apart."""
 
@@ -56,12 +52,20 @@ def run(
     out: str | None,
     keys: Sequence[str],
 ) -> None:
-    """List the cells, or train one; `keys` are of the configuration."""
+    """List the cells, or train one with every seed and print the comparison.
+
+    Seed K goes to OUT/seed_K. A finished run there is taken as it is, an unfinished one is resumed. `keys` are of the
+    configuration; whatever they change is said beside the result.
+    Raises ValueError for a cell, a key or data that do not fit, for a run in OUT that is another one, and if another
+    process reproduces a cell there.
+    """
+    from semi_fast.data_prep.long_tail import split_for
+    from semi_fast.prepared.manifest import seal_split
+    from semi_fast.reproduce.cells import find, listing
+
     if listed:
         if given := [word for word in (cell, steps and "--steps", data and "--data", out and "--out", *keys) if word]:
             raise ValueError(f"reproduce --list shows all cells; leave out {' '.join(given)}")
-        from semi_fast.reproduce.cells import listing
-
         print(listing())
         return
     if cell is None:
@@ -69,42 +73,19 @@ def run(
     files, flags = ordered(keys)
     if files:
         raise ValueError(f"reproduce takes the configuration of its cell; leave out --config {files[0]}")
-    reproduce(cell, seeds=parse_seeds(seeds), steps=steps, data=data, out=out, flags=flags)
-
-
-def reproduce(
-    name: str,
-    *,
-    seeds: Sequence[int],
-    steps: int | None = None,
-    data: str | None = None,
-    out: str | None = None,
-    flags: Sequence[str] = (),
-) -> Path:
-    """Train the cell `name` with every seed, print the comparison; returns the path of `reproduce.json`.
-
-    Seed K goes to OUT/seed_K. A finished run there is taken as it is, an unfinished one is resumed. `flags` are further
-    keys, `--key=value`; whatever they change is said beside the result.
-    Raises ValueError for a cell, a flag or data that do not fit, for a run in OUT that is another one, and if another
-    process reproduces a cell there.
-    """
-    from semi_fast.data_prep.long_tail import split_for
-    from semi_fast.prepared.manifest import seal_split
-    from semi_fast.reproduce.cells import find
-
-    cell = find(name)
+    numbers, found = parse_seeds(seeds), find(cell)
     check_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "reproduce is one process; train each seed with accelerate launch -m semi_fast.train --config "
-            f"configs/paper/{name}.yaml --seed K --run_dir OUT/seed_K, then reproduce --out OUT collects them"
+            f"configs/paper/{cell}.yaml --seed K --run_dir OUT/seed_K, then reproduce --out OUT collects them"
         )
-    published, config, short = configured(cell, steps=steps, data=data, flags=flags)
-    manifest = prepared(cell, Path(config.data.path))
+    published, config, short = configured(found, steps=steps, data=data, flags=flags)
+    manifest = prepared(found, Path(config.data.path))
     split_sha256 = seal_split(split_for(manifest, "run", config.split)).sha256
-    root = Path(out) if out else Path("runs", "paper", name if steps is None else f"{name}_{steps}_steps")
+    root = Path(out) if out else Path("runs", "paper", cell if steps is None else f"{cell}_{steps}_steps")
     configs = {}
-    for seed in seeds:
+    for seed in numbers:
         run_dir = root / f"seed_{seed}"
         resume = "auto" if run_dir.exists() else "none"
         configs[seed] = replace(config, seed=seed, run_dir=str(run_dir), resume=resume)
@@ -113,7 +94,7 @@ def reproduce(
     check_trackers(config.log.track)
     check_directory(root, "--out")
     with locked(root / "reproduce.lock", f"--out {root}"):
-        return train_and_compare(cell, published, config, configs, split_sha256, root, short=short)
+        train_and_compare(found, published, config, configs, split_sha256, root, short=short)
 
 
 def train_and_compare(
@@ -125,7 +106,7 @@ def train_and_compare(
     root: Path,
     *,
     short: dict[str, int],
-) -> Path:
+) -> None:
     """Train what is not finished of `configs`, one for each seed, and compare."""
     from semi_fast import train
     from semi_fast.reproduce.compare import against_paper, verdict
@@ -147,19 +128,13 @@ def train_and_compare(
     for line in (*remarks, *(f"caveat: {caveat}" for caveat in cell.caveats)):
         print(line)
     print(f"written: {path}")
-    return path
 
 
 def configured(
     cell: Cell, *, steps: int | None, data: str | None, flags: Sequence[str]
 ) -> tuple[Config, Config, dict[str, int]]:
     """(the cell as published, the cell as asked for, those of its keys that follow from the number of steps)."""
-    for flag in flags:
-        key = key_of(flag)
-        if key in OWNED:
-            raise ValueError(f"--{key} is set by reproduce; use {OWNED[key]}")
-        if key == "resume":
-            raise ValueError("--resume is set by reproduce, which goes on with what is in --out; leave it out")
+    check_free(flags, OWNED, "reproduce")
     where = [] if data is None else [f"--data.path={data}"]
     published = parse_config([f"--config={cell.file}", *where])
     config = parse_config([f"--config={cell.file}", *where, *flags])

@@ -54,11 +54,5 @@ def run(*, data: str | Path, name: str, **keys: Any) -> None:
 
 
 def is_plain(name: str) -> bool:
-    return (
-        bool(name.strip())
-        and name.isprintable()
-        and not name.startswith(".")
-        and "/" not in name
-        and "\\" not in name
-        and len(name.encode("utf-8", "surrogateescape")) <= NAME_LIMIT_BYTES
-    )
+    fits = len(name.encode("utf-8", "surrogateescape")) <= NAME_LIMIT_BYTES
+    return fits and bool(name.strip()) and name.isprintable() and name[0] != "." and not {*name} & {*"/\\"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semi_fast.commands import PATH, add_seeds, parse_seeds
+from semi_fast.commands import PATH, add_seeds, check_free, parse_seeds
 from semi_fast.disk import check_directory, locked
 from semi_fast.launch import LAUNCHED, check_environment
 from semi_fast.report import check_page, write_report
@@ -60,29 +60,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Further flags are keys of the configuration, --key=value, for all runs."
 
 
-def run(*, files: Sequence[str], seeds: str, out: str, per_device: int, keys: Sequence[str]) -> int:
-    """Sweep; `keys` are of the configuration. 1 if a run failed, as a launcher has it."""
-    more, flags = ordered(keys)
-    failed = sweep([*files, *more], seeds=parse_seeds(seeds), out=Path(out), per_device=per_device, flags=flags)
-    return 1 if failed else 0
-
-
-def sweep(
-    files: Sequence[str],
-    *,
-    seeds: Sequence[int],
-    out: Path,
-    per_device: int = 1,
-    flags: Sequence[str] = (),
-) -> int:
-    """Train every configuration with every seed under `out`, then compare them; returns how many runs failed.
+def run(*, files: Sequence[str], seeds: str, out: str | Path, per_device: int = 1, keys: Sequence[str] = ()) -> int:
+    """Train every configuration with every seed under `out`, then compare them; 1 if a run failed, as launchers do.
 
     A run is OUT/<file's name>/seed_K, its output OUT/<file's name>/seed_K.log. Finished ones are taken as they are,
     others are resumed. Every CUDA device, or the CPU, has `per_device` runs at a time. If this is interrupted the runs
-    are told to end. Raises ValueError for configurations that cannot be, and if another sweep is at work under `out`.
+    are told to end. `keys` are of all configurations. Raises ValueError for configurations that cannot be, and if
+    another sweep is at work under `out`.
     """
+    more, flags = ordered(keys)
+    numbers, out = parse_seeds(seeds), Path(out)
     check_environment()
-    cells = list(cells_of(files, seeds=seeds, out=out, flags=flags))
+    cells = list(cells_of([*files, *more], seeds=numbers, out=out, flags=flags))
     for cell in cells:
         check(cell.config)
         check_trackers(cell.config.log.track)
@@ -91,7 +80,7 @@ def sweep(
     check_directory(out, "--out")
     check_page(out / PAGE)
     with locked(out / "sweep.lock", f"--out {out}"):
-        return train_and_compare(cells, out, per_device=per_device)
+        return 1 if train_and_compare(cells, out, per_device=per_device) else 0
 
 
 def train_and_compare(cells: Sequence[Cell], out: Path, *, per_device: int) -> int:
@@ -119,10 +108,7 @@ def train_and_compare(cells: Sequence[Cell], out: Path, *, per_device: int) -> i
 def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Sequence[str]) -> Iterator[Cell]:
     """Every file with every seed; ValueError for two files of one name, and for flags that the sweep sets or that have
     an effect in none of its configurations. Where a flag has one, the others go without."""
-    for flag in flags:
-        key = key_of(flag)
-        if key in OWNED:
-            raise ValueError(f"--{key} is set by sweep; use {OWNED[key]}")
+    check_free(flags, OWNED, "sweep")
     stems = [Path(file).stem for file in files]
     if len(set(stems)) < len(stems):
         raise ValueError(f"the files of a sweep must have different names, which name their runs; got {stems}")
