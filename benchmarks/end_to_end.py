@@ -18,9 +18,10 @@ from benchmarks.case import PAPER_EVALUATIONS, PAPER_STEPS, Goal
 from benchmarks.measure import Spread, paired_ratio, quartiles
 from benchmarks.reference.loop import ReferenceLoop
 from benchmarks.trainers import OURS, REFERENCE, TRAINERS, OurLoop, Seconds, Setting, Trainer, run_steps, timed
+from semi_fast.rundir.scores import AVERAGED
 from semi_fast.screen import tolerate_closed_pipes
+from semi_fast.table import aligned
 
-LAST = 20  # evaluations whose mean is the number to quote
 GOALS = (Goal("cuda", "paper_minutes", 12, False),)
 CLOCK = (
     "seconds without another name: CPU time of the process, its threads and its loaders' processes on a CPU, wall on a "
@@ -137,7 +138,7 @@ def summary_row(name: str, ends: Sequence[Mapping[str, Course]], thresholds: Seq
     device, mine = setting.device, [courses[name] for courses in ends]
     row: Row = {"kind": "summary", "trainer": name, "seed": " ".join(str(c.seed) for c in mine), "step": mine[0].steps}
     for score in ("top1", "balanced_accuracy"):
-        last = [mean(found[score] for found in course.scores[-LAST:]) for course in mine]
+        last = [mean(found[score] for found in course.scores[-AVERAGED:]) for course in mine]
         row[score] = f"{mean(course.scores[-1][score] for course in mine):.2f}"
         row[f"{score}_last20"] = f"{mean(last):.2f}"
         row[f"{score}_spread"] = f"{pstdev(last):.2f}"
@@ -216,7 +217,7 @@ def screen(rows: Sequence[Row], thresholds: Sequence[float]) -> str:
     lines.append(
         f"balanced accuracy, ours less the reference's: {ahead:+.2f}; over seeds they spread {spreads_of_both}"
     )
-    return "\n\n".join([measure.aligned(table), "\n".join(lines)])
+    return "\n\n".join([aligned(table), "\n".join(lines)])
 
 
 def numbers(text: str) -> list[float]:

@@ -294,10 +294,3 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with table(path) as write:
         for row in rows:
             write(row)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: the first to the left, the rest to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)

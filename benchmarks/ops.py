@@ -17,6 +17,7 @@ from benchmarks import measure, method_cases, view_cases
 from benchmarks.case import Case, Goal, Operation
 from benchmarks.measure import Spread, Work, quartiles
 from semi_fast.ops.door import has_compiled_views, has_kernel
+from semi_fast.table import aligned
 
 CASES: dict[str, Callable[[torch.device], list[Case]]] = {
     "rand_augment": view_cases.rand_augment,
@@ -160,7 +161,7 @@ def screen(rows: Sequence[dict[str, Any]]) -> str:
         tables[1].append([name, *(row[column] or "-" for column in counts)])
         if row["goal"]:
             lines.append(f"{row['verdict']}: {row['goal']}, {interval(row, row['goal'].split()[0])}: {name}")
-    return "\n\n".join([*map(measure.aligned, tables), *(["\n".join(lines)] if lines else [])])
+    return "\n\n".join([*map(aligned, tables), *(["\n".join(lines)] if lines else [])])
 
 
 def interval(row: dict[str, Any], column: str) -> str:

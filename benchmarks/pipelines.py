@@ -20,6 +20,7 @@ from benchmarks import measure, ops
 from benchmarks.measure import Spread, paired_ratio, quartiles
 from benchmarks.pipeline_cases import BASELINE, CPU, PIPELINES, Data, Pipeline, real_data, synthetic_data
 from semi_fast.screen import tolerate_closed_pipes
+from semi_fast.table import aligned
 
 SAME = "same"  # a second one of the baseline
 SPREADS = ("wall_per_second", "per_cpu_second", "wall_ratio", "cpu_ratio", "same_over_same_ratio")
@@ -203,7 +204,7 @@ def screen(rows: Rows) -> str:
         table.append([name, str(row["side"]), row["unit"], *numbers, *ends])
         if row["goal"]:
             lines.append(f"{row['verdict']}: {row['goal']}, {ops.interval(row, 'cpu_ratio')}: {name}, {row['side']} px")
-    return "\n\n".join([measure.aligned(table), *(["\n".join(lines)] if lines else [])])
+    return "\n\n".join([aligned(table), *(["\n".join(lines)] if lines else [])])
 
 
 def draw_chart(rows: Rows, path: Path) -> None:

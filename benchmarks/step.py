@@ -19,6 +19,7 @@ from benchmarks.case import PAPER_EVALUATIONS, PAPER_STEPS, Goal
 from benchmarks.measure import Spread, Work, Write, paired_ratio, quartiles
 from benchmarks.step_cases import FLOOR_MS, PARTS, TRAFFIC, Peak, Rung, Runner, Shape
 from semi_fast.prepared.manifest import Manifest
+from semi_fast.table import aligned
 
 MODELS = {"wrn_28_2": (32,), "resnet50_cifar": (32, 64)}
 RATIOS = {256: 1, 448: 2}
@@ -236,7 +237,7 @@ def screen(rows: Rows) -> str:
         lines += [f"{name}: {other['goal']}: {other['verdict']}" for other in mine if other["goal"]]
         if abs(float(row["same_over_same_ratio"]) - 1) > ops.UNSTEADY:
             lines.append(f"{name}: ratios are inconclusive, the same step over itself is {row['same_over_same_ratio']}")
-    tables = [measure.aligned(one) for one in (table, parts) if len(one) > 1]
+    tables = [aligned(one) for one in (table, parts) if len(one) > 1]
     return "\n\n".join([*tables, *(["\n".join(lines)] if lines else [])])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,14 @@ def split_for(manifest: Manifest, name: str, config: SplitConfig) -> Split:
     return load_split(path, manifest)
 
 
+def split_files(manifest: Manifest) -> list[Path]:
+    """Those of a prepared data set, by name."""
+    return sorted(path for path in (manifest.root / "splits").glob("*.json") if not path.name.startswith("."))
+
+
 def splits_there(manifest: Manifest) -> str:
     """How the first splits under DATA/splits are taken, for a message; empty if there is none."""
-    names = sorted(path.stem for path in (manifest.root / "splits").glob("*.json") if not path.name.startswith("."))
+    names = [path.stem for path in split_files(manifest)]
     taken = ", ".join(f"--split.file={name}" for name in names[:SHOWN_SPLITS])
     return f"; {manifest.root} has {taken}{', ...' if len(names) > SHOWN_SPLITS else ''}" if names else ""
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from semi_fast.schema import ranges
 from semi_fast.schema.arguments import is_number, parse_config, read_arguments
 from semi_fast.schema.config import Config, check, leaves, plain
 from semi_fast.schema.effects import EFFECTS, without_effect
+from semi_fast.schema.split import SplitConfig
 from semi_fast.schema.yaml_file import config_keys, dump
 from semi_fast.train import main as train_main
 
@@ -250,3 +251,20 @@ def test_other_commands_refuse_what_has_no_effect(
     before = tree(digits.parent)
     refused(capsys, argv.format(data=digits).split(), words)
     assert tree(digits.parent) == before
+
+
+@pytest.mark.parametrize("words", ["split x --name s", "prepare digits --out x"])
+def test_the_keys_of_a_split_are_flags(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the names, defaults, choices and texts of their one owner."""
+    taken = vars(make_parser().parse_args(words.split()))
+    own = {field.name: field.default for field in fields(SplitConfig) if field.name != "file"}
+    assert {key: value for key, value in taken.items() if key in own} == own
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([*words.split()[:1], "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("labeled images of the first class (N_1)", "{consistent,uniform,reversed}", "{semi,daso,cossl,usb}"):
+        assert text in said
+    assert vars(make_parser().parse_args([*words.split(), "--labeled-max=5", "--imbalance-labeled=9"])) == taken | {
+        "labeled_max": 5,
+        "imbalance_labeled": 9.0,
+    }

@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 import semi_fast
 from semi_fast import train as module
-from semi_fast.cli import main, parse_config
+from semi_fast.cli import main
 from semi_fast.loop.fit import Run
 from semi_fast.loop.sampling import Batches
-from semi_fast.schema.arguments import below
+from semi_fast.schema.arguments import below, parse_config
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.yaml_file import config_keys, dump
 

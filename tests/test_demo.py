@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from semi_fast.cli import parse_config
 from semi_fast.commands.demo import CONFIGS, METHODS
+from semi_fast.schema.arguments import parse_config
 from semi_fast.train import run
 
 

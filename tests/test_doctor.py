@@ -24,7 +24,7 @@ def test_what_is_missing_comes_with_its_command(
 
     monkeypatch.setattr(doctor.importlib, "import_module", absent)
     monkeypatch.setattr(doctor, "version", lambda name: "1.0")
-    doctor.doctor()
+    doctor.run()
     out = capsys.readouterr().out
     for name, wrong, command in (
         ("FFCV", "No module named 'ffcv.loader'", "libturbojpeg0-dev libopencv-dev pkg-config g++ && pip install"),

@@ -72,7 +72,7 @@ def test_a_run_leaves_everything(whole: Path, digits: Path) -> None:
 
 
 def test_the_resolved_configuration_gives_the_same_run(whole: Path, digits: Path, tmp_path: Path) -> None:
-    from semi_fast.cli import parse_config
+    from semi_fast.schema.arguments import parse_config
 
     again = parse_config([f"--config={whole / 'config.yaml'}", f"--run_dir={tmp_path / 'again'}"])
     run(again)

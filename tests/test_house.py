@@ -32,7 +32,7 @@ FLOORS = (
     "report loop pipelines data_prep",
     "methods models rundir",
     "ops schema prepared",
-    "batch processes philox screen launch sealed_json",
+    "batch processes philox screen table launch sealed_json",
     "disk",
     "errors",
 )

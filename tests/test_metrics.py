@@ -9,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, recall_sc
 
 from semi_fast.loop.metrics import Interval, add_pairs
 from semi_fast.loop.step import StepReport
-from semi_fast.rundir.scores import class_groups, scores
+from semi_fast.rundir.scores import AVERAGED, class_groups, headline, scores
 
 
 def test_scores_equal_scikit_learn() -> None:
@@ -79,3 +79,9 @@ def test_interval_follows_the_pseudo_labels_by_id_and_leaves_labeled_copies_out(
     terms, stats, fate = interval.read()
     assert terms == {"total": 1.0}
     assert fate is None
+
+
+def test_the_headline_is_the_mean_of_the_last_evaluations() -> None:
+    assert headline([100.0, *map(float, range(AVERAGED))]) == (AVERAGED - 1) / 2
+    assert headline([1.0, None, 3.0, float("nan")]) == 2.0
+    assert headline([None, float("nan")]) is headline([]) is None

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from semi_fast.cli import main
-from semi_fast.commands import prepare as commands
+from semi_fast.commands import inspect, split, verify
+from semi_fast.commands import prepare as command
 from semi_fast.data_prep import prepare
 from semi_fast.data_prep.prepare import (
     hidden_directory,
@@ -120,7 +121,7 @@ def test_repeated_test_images_are_counted_and_warned_of(tmp_path: Path, capsys: 
     raw = write_image_folder(tmp_path / "raw")
     for i in (1, 2):
         (raw / "test" / "dog" / f"copy{i}.png").write_bytes((raw / "train" / "cat" / f"000{i}.png").read_bytes())
-    commands.prepare(dataset="folder", raw=raw, out=tmp_path / "data", resolution=8)
+    command.run(dataset="folder", raw=raw, out=tmp_path / "data", resolution=8)
     assert load_manifest(tmp_path / "data").source["repeated_test_images"] == 2
     assert capsys.readouterr().err.startswith("warning: 2 test images have the pixels of a train")
 
@@ -292,19 +293,19 @@ def test_work_in_progress_never_goes_through_a_link(tmp_path: Path, kind: str) -
 
 def test_the_commands_print_what_they_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
-    commands.prepare(dataset="cifar10", raw=write_cifar10_binary(tmp_path / "raw", 20), out=data)
+    command.run(dataset="cifar10", raw=write_cifar10_binary(tmp_path / "raw", 20), out=data)
     assert capsys.readouterr().out.startswith("cifar10: 10 classes, 32x32, 200 train, 50 test, 0 unlabeled\n")
-    commands.split(data=data, name="lt", labeled_max=8, unlabeled_max=10, imbalance_labeled=4, validation_per_class=2)
+    split.run(data=data, name="lt", labeled_max=8, unlabeled_max=10, imbalance_labeled=4, validation_per_class=2)
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["class", "labeled", "unlabeled"]
     assert out[10].split() == ["truck", "2", "10"]
     assert "40 labeled, 140 unlabeled rows, 20 validation, rule semi" in out[11]
     assert out[12:] == ["train on it with --split.file=lt", str(data / "splits" / "lt.json")]
-    commands.inspect(data=data)
+    inspect.run(data=data)
     out = capsys.readouterr().out.splitlines()
     assert out[2].split() == ["class", "train", "test", "lt", "labeled", "lt", "unlabeled"]
     assert out[3].split() == ["airplane", "20", "5", "8", "10"]
-    commands.verify(data=data)
+    verify.run(data=data)
     assert capsys.readouterr().out.startswith("ok: 4 arrays (770512 bytes), 1 splits, manifest ")
 
 
@@ -316,7 +317,7 @@ def test_a_terminal_gets_a_table_and_odd_class_names_stay_on_their_line(
     verify_manifest(load_manifest(tmp_path / "data"))
     for terminal in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
-        commands.inspect(data=tmp_path / "data")
+        inspect.run(data=tmp_path / "data")
         out = capsys.readouterr().out
         assert ("┃" in out) == terminal
         assert all(text in out for text in ("\\x1b[1m", "[bold]x", "line\\nbreak"))
@@ -324,18 +325,17 @@ def test_a_terminal_gets_a_table_and_odd_class_names_stay_on_their_line(
 
 def test_verify_covers_the_splits(tmp_path: Path) -> None:
     manifest = write_prepared(tmp_path / "data")
-    commands.split(data=tmp_path / "data", name="x", labeled_max=3)
+    split.run(data=tmp_path / "data", name="x", labeled_max=3)
     path = manifest.root / "splits" / "x.json"
     path.write_text(path.read_text().replace('"rule": "semi"', '"rule": "daso"'))
-    for command in (commands.verify, commands.inspect):
+    for check in (verify.run, inspect.run):
         with pytest.raises(ValueError, match=r"x.json: content does not match"):
-            command(data=tmp_path / "data")
+            check(data=tmp_path / "data")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": "mnist", "raw": "x"}, "cifar10, cifar100, stl10, imagenet127, folder, digits; got 'mnist'"),
         ({"dataset": "cifar10"}, "cifar10 needs --raw"),
         ({"dataset": "digits", "raw": "x"}, "takes no --raw"),
         ({"dataset": "cifar100", "raw": "x", "resolution": 64}, "leave out --resolution 64"),
@@ -344,7 +344,7 @@ def test_verify_covers_the_splits(tmp_path: Path) -> None:
 )
 def test_wrong_arguments_are_refused(tmp_path: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        commands.prepare(out=tmp_path / "data", **arguments)
+        command.run(out=tmp_path / "data", **arguments)
     assert names(tmp_path) == []
 
 
@@ -352,13 +352,13 @@ def test_wrong_arguments_are_refused(tmp_path: Path, arguments: dict, message: s
 def test_a_split_name_is_a_plain_file_name(tmp_path: Path, name: str) -> None:
     write_prepared(tmp_path / "data")
     with pytest.raises(ValueError, match="--name must be a plain file name"):
-        commands.split(data=tmp_path / "data", name=name, labeled_max=3)
+        split.run(data=tmp_path / "data", name=name, labeled_max=3)
     assert names(tmp_path) == ["data"]
     assert names(tmp_path / "data") == ["manifest.json", "resident"]
 
 
 def test_preparing_needs_no_torch() -> None:
-    code = "import sys, semi_fast.commands.prepare; sys.exit(len({'torch', 'sklearn', 'timm'} & set(sys.modules)))"
+    code = "import sys, semi_fast.data_prep.subset; sys.exit(len({'torch', 'sklearn', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import markdown
-from semi_fast.cli import make_parser, normal, parse_config
+from semi_fast.cli import make_parser, normal
+from semi_fast.schema.arguments import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from semi_fast.report import write_report
 from semi_fast.report.compare import comparison
 from semi_fast.report.figures import pseudo_label_groups
-from semi_fast.report.run import METRICS, read_run
+from semi_fast.report.run import read_run
+from semi_fast.rundir.scores import SCORES
 
 
 def metrics_of(confusion: np.ndarray) -> dict:
@@ -98,8 +99,8 @@ def fake_run(
     per_head = {}
     for head in heads:
         there = [record["heads"][head] for record in evaluated]
-        means = {f"{key}_last20": np.mean([h[key] for h in there]) for key in METRICS if there[0][key] is not None}
-        per_head[head] = means | {f"{key}_final": there[-1][key] for key in METRICS}
+        means = {f"{key}_last20": np.mean([h[key] for h in there]) for key in SCORES if there[0][key] is not None}
+        per_head[head] = means | {f"{key}_final": there[-1][key] for key in SCORES}
     best = max(evaluated, key=lambda record: record["heads"][heads[-1]]["top1"])
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (path / "config.yaml").write_text(f"method:\n  name: {method}\noptim:\n  steps: {steps}\nseed: {seed}\n")
@@ -189,7 +190,7 @@ def test_table_shows_the_numbers_of_the_run(run_dir: Path, page: str) -> None:
     at = cells.index("mean of last 20")
     assert cells[at - 1].startswith("balanced_head")
     assert "predicts" in cells[at - 1]
-    assert cells[at + 2 : at + 8] == [f"{summary[f'{key}_last20']:.1f}" for key in METRICS]
+    assert cells[at + 2 : at + 8] == [f"{summary[f'{key}_last20']:.1f}" for key in SCORES]
     best = cells.index("best, selected on test")
     assert cells[best + 1 : best + 3] == [f"{summary['best']['step']:,}", f"{summary['best']['top1']:.1f}"]
     plain = cells.index("head", at)

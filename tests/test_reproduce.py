@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import semi_fast.train
-from semi_fast.cli import main, parse_config
+from semi_fast.cli import main
 from semi_fast.commands.reproduce import configured, prepared, shortened
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.disk import locked
@@ -24,6 +24,7 @@ from semi_fast.prepared.manifest import Manifest
 from semi_fast.reproduce.cells import cells, document, find
 from semi_fast.reproduce.compare import against_paper, verdict
 from semi_fast.reproduce.configuration import resolved, text
+from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.config import Config, check, leaves, plain
 from semi_fast.schema.semi import PRESETS, SemiConfig
 

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.reference import semi_step
 from semi_fast.batch import Outputs, RowLayout, Rows
-from semi_fast.cli import parse_config
 from semi_fast.methods import Environment, make_method, memory_bank, released_semi
 from semi_fast.methods.semi import SeMi
 from semi_fast.ops.pseudo_label.reference import mix, prototype_probs
+from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.config import check
 from semi_fast.schema.method import MethodConfig
 from semi_fast.schema.semi import PRESETS, REQUIRED, SemiConfig

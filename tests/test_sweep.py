@@ -17,7 +17,7 @@ import yaml
 from semi_fast.cli import main
 from semi_fast.commands import sweep as module
 from semi_fast.commands.reproduce import finished
-from semi_fast.commands.sweep import devices, sweep
+from semi_fast.commands.sweep import devices
 from semi_fast.disk import locked
 from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.yaml_file import dump
@@ -69,7 +69,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     out = tmp_path / "out"
     (out / "supervised" / "seed_0").mkdir(parents=True)
     (out / "supervised" / "seed_0" / "mine.txt").write_text("not a run")
-    assert sweep(files, seeds=[0], out=out, flags=FLAGS) == 1
+    assert module.run(files=files, seeds="0", out=out, keys=FLAGS) == 1
     said = capfd.readouterr().out
     assert "supervised/seed_0: FAILED with code 2" in said
     assert "run_dir must be new, empty or a run" in said
@@ -87,12 +87,12 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     files: list[str], tmp_path: Path, flags: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        sweep(files, seeds=[0], out=tmp_path / "out", flags=[*FLAGS, *flags])
+        module.run(files=files, seeds="0", out=tmp_path / "out", keys=[*FLAGS, *flags])
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="must have different names"):
-        sweep([files[0], files[0]], seeds=[0], out=tmp_path / "out", flags=FLAGS)
+        module.run(files=[files[0], files[0]], seeds="0", out=tmp_path / "out", keys=FLAGS)
     with pytest.raises(ValueError, match="--per-device must be at least 1; got 0"):
-        sweep(files, seeds=[0], out=tmp_path / "out", per_device=0, flags=FLAGS)
+        module.run(files=files, seeds="0", out=tmp_path / "out", per_device=0, keys=FLAGS)
 
 
 def test_one_sweep_at_a_time_has_the_directory(

@@ -18,6 +18,7 @@ from benchmarks.first_steps import First
 from benchmarks.measure import Counts, Spread, Work, Write, paired_ratio, quartiles
 from benchmarks.reference.loop import ReferenceLoop
 from benchmarks.trainers import OURS, REFERENCE, TRAINERS, OurLoop, Seconds, Setting, Trainer, run_steps, timed
+from semi_fast.table import aligned
 
 SAME = "same"  # a second window of ours
 SPREADS = (
@@ -178,7 +179,7 @@ def screen(rows: Rows) -> str:
         if row["goal"]:
             lines.append(f"{row['verdict']}: {row['goal']}, {ops.interval(row, row['goal'].split()[0])}")
             lines.append(f"ours to itself {ops.interval(row, 'same_over_same_ratio')}")
-    return "\n\n".join([measure.aligned(table), "\n".join(lines)])
+    return "\n\n".join([aligned(table), "\n".join(lines)])
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
-"""What is installed, what is missing, and the command that mends it."""
+"""Say what is installed, what is missing, and the command that mends it."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import platform
 import shutil
@@ -14,7 +15,11 @@ FFCV_SYSTEM = "apt-get install libturbojpeg0-dev libopencv-dev pkg-config g++"
 DALI_COMMAND = "pip install 'semi-fast[dali]'"
 
 
-def doctor() -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run() -> None:
     """Print one line for each part, `ok` or `missing`, and below a missing one what to run."""
     print(f"semi_fast {installed('semi-fast')}, Python {platform.python_version()}, {platform.platform()}")
     for name in PACKAGES:

@@ -1,66 +1,105 @@
-"""Runs a cell of the paper's tables, one seed after the other, and prints it beside the paper's value."""
+"""Train a cell of the paper's tables and print it beside the paper's value."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from semi_fast.data_prep.long_tail import split_for
+from semi_fast.commands import PATH, add_seeds, check_free, parse_seeds
 from semi_fast.disk import check_directory, locked, write_json
 from semi_fast.launch import check_environment
-from semi_fast.prepared.manifest import MANIFEST_FILE, Manifest, load_manifest, seal_split
-from semi_fast.report.compare import Table
-from semi_fast.reproduce.cells import Cell, find
-from semi_fast.reproduce.compare import against_paper, mean_of, verdict
-from semi_fast.reproduce.configuration import resolved
 from semi_fast.rundir.trackers import check_trackers
+from semi_fast.schema.arguments import CONFIG_FILE, key_of, ordered, read_arguments
 from semi_fast.schema.config import Config, check, identity, leaves
 from semi_fast.sealed_json import read_json
 
-OWNED = {
-    "seed": "--seeds",
-    "run_dir": "--out",
-    "data.path": "--data",
-    "optim.steps": "--steps",
-}
+if TYPE_CHECKING:
+    from semi_fast.prepared.manifest import Manifest
+    from semi_fast.report.compare import Table
+    from semi_fast.reproduce.cells import Cell
+
+OWNED = {"seed": "--seeds", "run_dir": "--out", "data.path": "--data", "optim.steps": "--steps"}
+OWNED |= {"resume": "nothing: an unfinished run in --out is always resumed"}
 EVALUATIONS, APART = 60, 50
 """Of a shortened run, so that the twenty that are averaged are its last third; but no fewer steps apart."""
 
 
-def reproduce(
-    name: str,
-    *,
-    seeds: Sequence[int],
-    steps: int | None = None,
-    data: str | None = None,
-    out: str | None = None,
-    flags: Sequence[str] = (),
-) -> Path:
-    """Train the cell `name` with every seed, print the comparison; returns the path of `reproduce.json`.
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cell", nargs="?", metavar="CELL", help="table1/semi/cifar10_lt/n500_m4000_g100; see --list")
+    parser.add_argument("--list", action="store_true", dest="listed", help="print all cells, and which can be trained")
+    parser.add_argument("--print-config", action="store_true", help="print the cell's configuration, to be trained")
+    add_seeds(parser)
+    parser.add_argument("--steps", type=int, metavar="N", help="shorten the runs; the result says so")
+    parser.add_argument(
+        "--data", type=PATH, metavar="DATA", help="the prepared data set; default: the cell's data.path"
+    )
+    parser.add_argument("--out", type=PATH, metavar="DIR", help="where the runs go; default: runs/paper/CELL")
+    parser.set_defaults(keys=[])
+    parser.epilog = "Further flags are keys of the configuration, --key=value; what they change is said."
 
-    Seed K goes to OUT/seed_K. A finished run there is taken as it is, an unfinished one is resumed. `flags` are further
-    keys, `--key=value`; whatever they change is said beside the result.
-    Raises ValueError for a cell, a flag or data that do not fit, for a run in OUT that is another one, and if another
+
+def run(
+    *,
+    cell: str | None,
+    listed: bool,
+    print_config: bool,
+    seeds: str | None,
+    steps: int | None,
+    data: str | None,
+    out: str | None,
+    keys: Sequence[str],
+) -> None:
+    """List the cells, or train one with every seed and print the comparison.
+
+    Seed K goes to OUT/seed_K. A finished run there is taken as it is, an unfinished one is resumed. `keys` are of the
+    configuration; whatever they change is said beside the result.
+    Raises ValueError for a cell, a key or data that do not fit, for a run in OUT that is another one, and if another
     process reproduces a cell there.
     """
-    cell = find(name)
+    from semi_fast.data_prep.long_tail import split_for
+    from semi_fast.prepared.manifest import seal_split
+    from semi_fast.reproduce.cells import find, listing
+    from semi_fast.reproduce.configuration import text
+
+    flagged = {"--print-config": print_config, "--seeds": seeds, "--steps": steps, "--data": data, "--out": out}
+    given = [*([cell] if cell else []), *(flag for flag, value in flagged.items() if value), *keys]
+    if listed:
+        if given:
+            raise ValueError(f"reproduce --list shows all cells; leave out {' '.join(given)}")
+        print(listing())
+        return
+    if cell is None:
+        raise ValueError("reproduce needs a CELL; semi-fast reproduce --list shows them")
+    if print_config:
+        if given[2:]:
+            raise ValueError(
+                f"reproduce --print-config prints the cell as published; leave out {' '.join(given[2:])}: seed, data, "
+                "steps and other keys are flags of semi-fast train --config FILE"
+            )
+        print(text(find(cell)), end="")
+        return
+    files, flags = ordered(keys)
+    if files:
+        raise ValueError(f"reproduce takes the configuration of its cell; leave out --config {files[0]}")
+    numbers, found = parse_seeds(seeds), find(cell)
     check_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"reproduce is one process; semi-fast reproduce {name} --print-config > FILE, then train each seed with "
+            f"reproduce is one process; semi-fast reproduce {cell} --print-config > FILE, then train each seed with "
             "accelerate launch -m semi_fast.train --config FILE --seed K --run_dir OUT/seed_K, which reproduce "
             "--out OUT collects"
         )
-    published, config, short = configured(cell, steps=steps, data=data, flags=flags)
-    manifest = prepared(cell, Path(config.data.path))
+    published, config, short = configured(found, steps=steps, data=data, flags=flags)
+    manifest = prepared(found, Path(config.data.path))
     split_sha256 = seal_split(split_for(manifest, "run", config.split)).sha256
-    root = Path(out) if out else Path("runs", "paper", name if steps is None else f"{name}_{steps}_steps")
+    root = Path(out) if out else Path("runs", "paper", cell if steps is None else f"{cell}_{steps}_steps")
     configs = {}
-    for seed in seeds:
+    for seed in numbers:
         run_dir = root / f"seed_{seed}"
         resume = "auto" if run_dir.exists() else "none"
         configs[seed] = replace(config, seed=seed, run_dir=str(run_dir), resume=resume)
@@ -69,7 +108,7 @@ def reproduce(
     check_trackers(config.log.track)
     check_directory(root, "--out")
     with locked(root / "reproduce.lock", f"--out {root}"):
-        return train_and_compare(cell, published, config, configs, split_sha256, root, short=short)
+        train_and_compare(found, published, config, configs, split_sha256, root, short=short)
 
 
 def train_and_compare(
@@ -81,9 +120,10 @@ def train_and_compare(
     root: Path,
     *,
     short: dict[str, int],
-) -> Path:
+) -> None:
     """Train what is not finished of `configs`, one for each seed, and compare."""
-    from semi_fast.train import run
+    from semi_fast import train
+    from semi_fast.reproduce.compare import against_paper, verdict
 
     name, seeds = cell.name, tuple(configs)
     done = {seed: finished(one, split_sha256) for seed, one in configs.items()}
@@ -91,7 +131,7 @@ def train_and_compare(
     for seed, one in configs.items():
         summary = done[seed]
         print(f"{name}, seed {seed}: {one.run_dir}" + ("" if summary is None else " is finished, and taken as it is"))
-        summaries.append(run(one) if summary is None else summary)
+        summaries.append(train.run(one) if summary is None else summary)
         print()
     result = against_paper(cell, summaries)
     comparable, remarks = verdict(cell, published, config, short=short, runs=len(seeds))
@@ -102,21 +142,15 @@ def train_and_compare(
     for line in (*remarks, *(f"caveat: {caveat}" for caveat in cell.caveats)):
         print(line)
     print(f"written: {path}")
-    return path
 
 
 def configured(
     cell: Cell, *, steps: int | None, data: str | None, flags: Sequence[str]
 ) -> tuple[Config, Config, dict[str, int]]:
     """(the cell as published, the cell as asked for, those of its keys that follow from the number of steps)."""
-    from semi_fast.schema.arguments import key_of
+    from semi_fast.reproduce.configuration import resolved
 
-    for flag in flags:
-        key = key_of(flag)
-        if key in OWNED:
-            raise ValueError(f"--{key} is set by reproduce; use {OWNED[key]}")
-        if key == "resume":
-            raise ValueError("--resume is set by reproduce, which goes on with what is in --out; leave it out")
+    check_free(flags, OWNED, "reproduce")
     where = [] if data is None else [f"--data.path={data}"]
     published = resolved(cell, where)
     config = resolved(cell, [*where, *flags])
@@ -151,6 +185,8 @@ def shortened(config: Config, steps: int) -> dict[str, int]:
 
 def prepared(cell: Cell, root: Path) -> Manifest:
     """The prepared data set of the cell; ValueError with the command that makes it if it is not there."""
+    from semi_fast.prepared.manifest import MANIFEST_FILE, load_manifest
+
     data = cell.data
     if not (root / MANIFEST_FILE).is_file():
         raise ValueError(
@@ -172,8 +208,6 @@ def finished(config: Config, split_sha256: str) -> dict[str, Any] | None:
 
     Raises ValueError if it is a run of another configuration, or on another split or other data.
     """
-    from semi_fast.schema.arguments import CONFIG_FILE, read_arguments
-
     run_dir = Path(config.run_dir or "")
     if not (run_dir / "summary.json").is_file():
         return None
@@ -195,6 +229,8 @@ def finished(config: Config, split_sha256: str) -> dict[str, Any] | None:
 
 def protocol(summary: dict[str, Any]) -> str:
     """What was measured, and how, in one line."""
+    from semi_fast.reproduce.compare import mean_of
+
     return (
         f"{summary['protocol']}; {summary['predicts']} of the averaged weights on the test set, "
         f"{mean_of(summary['averaged'])}; ± is the sample standard deviation over seeds"

@@ -1,7 +1,8 @@
-"""Many runs, one process each, several at a time on the devices that there are: every configuration with every seed."""
+"""Train several configurations with several seeds, one process each, on all devices."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from semi_fast.commands import PATH, add_seeds, check_free, parse_seeds
 from semi_fast.disk import check_directory, locked
 from semi_fast.launch import LAUNCHED, check_environment
 from semi_fast.report import check_page, write_report
 from semi_fast.rundir.trackers import check_trackers
-from semi_fast.schema.arguments import key_of, parse_config, read_arguments
+from semi_fast.schema.arguments import key_of, ordered, parse_config, read_arguments
 from semi_fast.schema.config import Config, check
 from semi_fast.schema.effects import without_effect
 from semi_fast.sealed_json import read_json
@@ -47,22 +49,29 @@ class Cell:
         return self.run_dir.with_suffix(".log")
 
 
-def sweep(
-    files: Sequence[str],
-    *,
-    seeds: Sequence[int],
-    out: Path,
-    per_device: int = 1,
-    flags: Sequence[str] = (),
-) -> int:
-    """Train every configuration with every seed under `out`, then compare them; returns how many runs failed.
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", type=PATH, metavar="FILE", help="configurations; a run is OUT/<name of FILE>/seed_K"
+    )
+    add_seeds(parser)
+    parser.add_argument("--out", required=True, type=PATH, metavar="DIR", help="where the runs and their comparison go")
+    parser.add_argument("--per-device", type=int, default=1, metavar="N", help="runs at a time on a GPU, or on the CPU")
+    parser.set_defaults(keys=[])
+    parser.epilog = "Further flags are keys of the configuration, --key=value, for all runs."
+
+
+def run(*, files: Sequence[str], seeds: str, out: str | Path, per_device: int = 1, keys: Sequence[str] = ()) -> int:
+    """Train every configuration with every seed under `out`, then compare them; 1 if a run failed, as launchers do.
 
     A run is OUT/<file's name>/seed_K, its output OUT/<file's name>/seed_K.log. Finished ones are taken as they are,
     others are resumed. Every CUDA device, or the CPU, has `per_device` runs at a time. If this is interrupted the runs
-    are told to end. Raises ValueError for configurations that cannot be, and if another sweep is at work under `out`.
+    are told to end. `keys` are of all configurations. Raises ValueError for configurations that cannot be, and if
+    another sweep is at work under `out`.
     """
+    more, flags = ordered(keys)
+    numbers, out = parse_seeds(seeds), Path(out)
     check_environment()
-    cells = list(cells_of(files, seeds=seeds, out=out, flags=flags))
+    cells = list(cells_of([*files, *more], seeds=numbers, out=out, flags=flags))
     for cell in cells:
         check(cell.config)
         check_trackers(cell.config.log.track)
@@ -71,7 +80,7 @@ def sweep(
     check_directory(out, "--out")
     check_page(out / PAGE)
     with locked(out / "sweep.lock", f"--out {out}"):
-        return train_and_compare(cells, out, per_device=per_device)
+        return 1 if train_and_compare(cells, out, per_device=per_device) else 0
 
 
 def train_and_compare(cells: Sequence[Cell], out: Path, *, per_device: int) -> int:
@@ -99,10 +108,7 @@ def train_and_compare(cells: Sequence[Cell], out: Path, *, per_device: int) -> i
 def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Sequence[str]) -> Iterator[Cell]:
     """Every file with every seed; ValueError for two files of one name, and for flags that the sweep sets or that have
     an effect in none of its configurations. Where a flag has one, the others go without."""
-    for flag in flags:
-        key = key_of(flag)
-        if key in OWNED:
-            raise ValueError(f"--{key} is set by sweep; use {OWNED[key]}")
+    check_free(flags, OWNED, "sweep")
     stems = [Path(file).stem for file in files]
     if len(set(stems)) < len(stems):
         raise ValueError(f"the files of a sweep must have different names, which name their runs; got {stems}")

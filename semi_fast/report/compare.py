@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from semi_fast.report.run import COUNTS, METRICS, HeadResult, PseudoLabels, Run, number
+from semi_fast.report.run import COUNTS, HeadResult, PseudoLabels, Run, number
+from semi_fast.rundir.scores import AVERAGED, SCORES, headline
+from semi_fast.table import aligned
 
 MISSING = "\N{EN DASH}"
 TITLES = {
@@ -42,14 +44,8 @@ class Table:
     def text(self) -> str:
         """Aligned columns for a terminal."""
         lines = [[title for _, title, _ in self.columns], *self.cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = [kind == "text" for _, _, kind in self.columns]
-        lines.insert(1, ["─" * width for width in widths])
-        aligned = [
-            [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)]
-            for line in lines
-        ]
-        return "\n".join("  ".join(line).rstrip() for line in aligned).replace("\N{NO-BREAK SPACE}", " ") + "\n"
+        left = [i for i, (_, _, kind) in enumerate(self.columns) if kind == "text"]
+        return aligned(lines, left=left, rule=True).replace("\N{NO-BREAK SPACE}", " ") + "\n"
 
     def markdown(self) -> str:
         """A pipe table."""
@@ -101,14 +97,13 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def head_values(run: Run, head: str, which: str, split: str = "test") -> dict[str, float]:
-    """METRICS of one head: `final`, or `last20`, the mean of the last evaluations; the summary's value comes first."""
-    results = run.last(head, split)
-    kept = results if which == "last20" else results[-1:]
-    values = {key: float(np.mean([result.metrics[key] for result in kept])) if kept else math.nan for key in METRICS}
+    """SCORES of one head: `final`, or `last20`, the headline; the summary's value comes first."""
+    kept = run.last(head, split)[-1 if which == "final" else 0 :]
+    values = {key: number(headline([result.metrics[key] for result in kept])) for key in SCORES}
     if split == "test":
         holder = run.summary.get("heads", {}).get(head) or {}
         own = run.summary if head == run.predicts else {}
-        for key in METRICS:
+        for key in SCORES:
             summarised = number(holder.get(f"{key}_{which}", own.get(f"{key}_{which}")))
             values[key] = values[key] if math.isnan(summarised) else summarised
     return values
@@ -116,7 +111,9 @@ def head_values(run: Run, head: str, which: str, split: str = "test") -> dict[st
 
 def averaged(run: Run, split: str = "test") -> int:
     """The number of evaluations behind the headline."""
-    return int(run.summary.get("averaged") or 0) if split == "test" and run.summary else len(run.of(split)[-20:])
+    if split == "test" and run.summary:
+        return int(run.summary.get("averaged") or 0)
+    return min(AVERAGED, len(run.of(split)))
 
 
 def comparison(runs: Sequence[Run]) -> Table:
@@ -163,9 +160,9 @@ def results(run: Run, split: str) -> Table:
         for title, step, values in (
             (f"mean of last {n}" if n else "mean of last evaluations", span, head_values(run, head, "last20", split)),
             ("final", there[-1].step if there else None, head_values(run, head, "final", split)),
-            (chosen, best.step if best else None, best.heads[head].metrics if best else dict.fromkeys(METRICS)),
+            (chosen, best.step if best else None, best.heads[head].metrics if best else dict.fromkeys(SCORES)),
         ):
-            rows.append((head + mark, title, step, *(values[key] for key in METRICS)))
+            rows.append((head + mark, title, step, *(values[key] for key in SCORES)))
     percent = ((key, title, "percent") for key, title in TITLES.items())
     return Table(
         (("head", "head", "text"), ("value", "value", "text"), ("step", "at step", "count"), *percent), tuple(rows)
@@ -175,12 +172,12 @@ def results(run: Run, split: str) -> Table:
 def evaluations(run: Run) -> Table:
     """Every evaluation of every head."""
     rows = tuple(
-        (e.step, e.split, name, *(head.metrics[key] for key in METRICS))
+        (e.step, e.split, name, *(head.metrics[key] for key in SCORES))
         for e in run.evaluations
         for name, head in e.heads.items()
     )
     fixed = (("step", "step", "count"), ("split", "split", "text"), ("head", "head", "text"))
-    return Table((*fixed, *((key, TITLES[key], "percent") for key in METRICS)), rows)
+    return Table((*fixed, *((key, TITLES[key], "percent") for key in SCORES)), rows)
 
 
 def mean_recall(results: Sequence[HeadResult], classes: int) -> np.ndarray:
@@ -279,13 +276,13 @@ def series(run: Run, part: str) -> Table:
 def compared_accuracy(runs: Sequence[Run]) -> Table:
     """Every test evaluation of every run, by the head it predicts with."""
     rows = tuple(
-        (label, e.step, *(e.heads[run.predicts].metrics[key] for key in METRICS))
+        (label, e.step, *(e.heads[run.predicts].metrics[key] for key in SCORES))
         for run, label in zip(runs, labels(runs), strict=True)
         for e in run.of("test")
         if run.predicts in e.heads
     )
     fixed = (("run", "run", "text"), ("step", "step", "count"))
-    return Table((*fixed, *((key, TITLES[key], "percent") for key in METRICS)), rows)
+    return Table((*fixed, *((key, TITLES[key], "percent") for key in SCORES)), rows)
 
 
 def compared_classes(runs: Sequence[Run]) -> Table:

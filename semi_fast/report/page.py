@@ -20,6 +20,7 @@ from semi_fast.report import NOTE, SAYS, check_page, compare, data_folder, figur
 from semi_fast.report.compare import MISSING, Table, show
 from semi_fast.report.run import Run, number, read_run
 from semi_fast.report.style import inline_svg
+from semi_fast.rundir.scores import AVERAGED
 
 PROTOCOL = ("protocol", "dataset", "split_sha256", "manifest_sha256", "steps", "precision", "hardware")
 GROUPED = "Many and few are the thirds of the classes with most and fewest labeled images, medium the rest."
@@ -162,7 +163,7 @@ def _section(run: Run, name: str, folder: str, output: _Output) -> dict[str, Any
 
 def _plots(run: Run, folder: str, output: _Output) -> list[Plot]:
     tested, pseudo = bool(run.of("test")), compare.pseudo_labels(run)
-    n = compare.averaged(run) or len(run.of("test")[-20:])
+    n = compare.averaged(run) or min(AVERAGED, len(run.of("test")))
     none = "No test evaluation yet."
     if pseudo:
         no_truth = "Use: share of the rows that pass the mask. No unlabeled image that was drawn has a known class."

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from semi_fast.rundir.scores import class_groups
+from semi_fast.rundir.scores import AVERAGED, SCORES, class_groups
 from semi_fast.schema.arguments import CONFIG_FILE
 
-METRICS = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few")
 COUNTS = ("seen", "used", "correct", "predicted")
-AVERAGED = 20  # evaluations behind the headline, where there are as many
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class HeadResult:
-    """One head at one evaluation: METRICS and recall [C] in percent, confusion [C, C] (rows: truth) where kept."""
+    """One head at one evaluation: SCORES and recall [C] in percent, confusion [C, C] (rows: truth) where kept."""
 
     metrics: dict[str, float]
     recall: np.ndarray
@@ -276,7 +274,7 @@ def _evaluation(record: dict, classes: int, where: str) -> Evaluation:
         at = f"{where}: heads.{name}"
         rows = _mapping(head, at).get("confusion")
         heads[name] = HeadResult(
-            metrics={key: number(head.get(key), f"{at}.{key}") for key in METRICS},
+            metrics={key: number(head.get(key), f"{at}.{key}") for key in SCORES},
             recall=_vector(head.get("recall"), classes, f"{at}.recall"),
             confusion=None
             if rows is None

@@ -14,6 +14,7 @@ import yaml
 
 from semi_fast.schema.config import Config, leaves, plain
 from semi_fast.schema.yaml_file import check_keys
+from semi_fast.table import aligned
 
 TABLE = Path(__file__).parent / "cells.yaml"
 SEMI = "method.semi."
@@ -194,14 +195,14 @@ def find(name: str) -> Cell:
 
 def listing() -> str:
     """Every cell by table: its name, the paper's value, and whether it can be trained here."""
+    here = {True: "yes", False: "no: the method is not in this version"}
+    rows = [(f"  {cell.name}", str(cell.paper), here[cell.keys is not None]) for cell in cells().values()]
+    texts = dict(zip(cells(), aligned(rows, left=(0, 1, 2)).splitlines(), strict=True))
     lines = []
-    width = max(map(len, cells())) + 2
     for table, content in document()["tables"].items():
         inside = [cell for cell in cells().values() if cell.table == table]
         lines += ["", f"Table {table.removeprefix('table')}: {content['title']}; {inside[0].metric}, %"]
-        for cell in inside:
-            here = "no: the method is not in this version" if cell.keys is None else "yes"
-            lines.append(f"  {cell.name:{width}}{cell.paper!s:14}{here}")
+        lines += [texts[cell.name] for cell in inside]
     known = sum(cell.keys is not None for cell in cells().values())
     lines += ["", f"{len(cells())} cells, {known} of them can be trained: semi-fast reproduce CELL"]
     return "\n".join(lines[1:])

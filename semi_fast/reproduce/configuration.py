@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from semi_fast.reproduce.cells import RUNS, Cell
-from semi_fast.rundir.summary import AVERAGED
+from semi_fast.rundir.scores import AVERAGED
 from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.config import Config
 

@@ -1,4 +1,4 @@
-"""What a confusion matrix says, in percent."""
+"""What a confusion matrix says, in percent, and what of a run's evaluations is quoted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+SCORES = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few")
+AVERAGED = 20
+"""Evaluations behind the headline, where there are as many."""
+
+
+def headline(values: Sequence[float | None]) -> float | None:
+    """The number to quote of a score: its mean over the last AVERAGED evaluations, or those there are; without those
+    that nothing decides (None or NaN), and None if that is all of them."""
+    known = [value for value in values[-AVERAGED:] if value is not None and not np.isnan(value)]
+    return float(np.mean(known)) if known else None
 
 
 def class_groups(labeled_counts: Sequence[int]) -> dict[str, list[int]]:

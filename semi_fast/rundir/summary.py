@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from semi_fast.batch import RowLayout
 from semi_fast.prepared.manifest import Manifest, Split
 from semi_fast.rundir.runlog import Clock, MetricsFile
+from semi_fast.rundir.scores import AVERAGED, SCORES, headline
 from semi_fast.schema.config import Config, leaves, plain
 
-AVERAGED = 20
-SCORES = ("top1", "balanced_accuracy", "geometric_mean", "many", "medium", "few")
 RUN_KEYS = ("batch.", "augment.", "model.", "method.", "optim.", "ema.", "eval.every")
 
 
@@ -42,13 +39,11 @@ def shortened(config: Config) -> list[dict[str, Any]]:
 
 
 def averages(evaluations: list[dict[str, Any]], head: str) -> dict[str, float | None]:
-    """`*_final` of the last evaluation and `*_last20`, the mean of the last 20 or of as many as there are."""
+    """`*_final` of the last evaluation and `*_last20`, the headline."""
     found: dict[str, float | None] = {}
     for score in SCORES:
-        series = [evaluation["heads"][head][score] for evaluation in evaluations[-AVERAGED:]]
-        known = [value for value in series if value is not None]
-        found[f"{score}_final"] = series[-1]
-        found[f"{score}_last20"] = float(np.mean(known)) if known else None
+        series = [evaluation["heads"][head][score] for evaluation in evaluations]
+        found |= {f"{score}_final": series[-1], f"{score}_last20": headline(series)}
     return found
 
 

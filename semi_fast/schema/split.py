@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from semi_fast.schema import ranges
+
+Shape = Literal["consistent", "uniform", "reversed"]
 
 
 @dataclass(frozen=True)
@@ -16,17 +18,17 @@ class SplitConfig:
     file: str | None = None
     """A name under DATA/splits, or the path of a split file; then no other key is used."""
     labeled_max: int | None = None
-    """Labeled images of the first class (N_1); null: every training row that is not held out."""
+    """Labeled images of the first class (N_1); by default every training row that is not held out."""
     unlabeled_max: int | None = None
-    """Unlabeled images of the largest class (M_1), labeled copies apart; null: what remains; 0: none of train."""
+    """Unlabeled images of the largest class (M_1), labeled copies apart; by default what remains; 0: none of train."""
     imbalance_labeled: float = 1.0
     """Labeled images of the first class over those of the last (gamma_l), at least 1."""
     imbalance_unlabeled: float = 1.0
     """Unlabeled images of the largest class over those of the smallest (gamma_u), at least 1."""
-    unlabeled_shape: Literal["consistent", "uniform", "reversed"] = "consistent"
+    unlabeled_shape: Shape = "consistent"
     """Unlabeled counts fall with the class id (consistent), rise with it (reversed), or are all M_1 (uniform)."""
     rule: Literal["semi", "daso", "cossl", "usb"] = "semi"
-    """Order within a class, and whether labeled images are unlabeled ones too; the table is `RULES`."""
+    """Whose protocol: the order within a class, and whether labeled images are unlabeled ones too."""
     validation_per_class: int = 0
     """Rows of each class held out of both sets, for the choice of a checkpoint."""
     seed: int = 0
@@ -58,7 +60,6 @@ RULES = {
     "daso": Rule(shuffle="always", labeled_in_unlabeled=False),
     "usb": Rule(shuffle="always", labeled_in_unlabeled=False),
 }
-SHAPES = ("consistent", "uniform", "reversed")
 
 
 def rules(split: SplitConfig) -> Iterator[tuple[bool, str]]:
@@ -75,8 +76,8 @@ def rules(split: SplitConfig) -> Iterator[tuple[bool, str]]:
     )
     yield s.rule in RULES, f"split.rule must be one of {', '.join(RULES)}; got {s.rule!r}"
     yield (
-        s.unlabeled_shape in SHAPES,
-        f"split.unlabeled_shape must be one of {', '.join(SHAPES)}; got {s.unlabeled_shape!r}",
+        s.unlabeled_shape in get_args(Shape),
+        f"split.unlabeled_shape must be one of {', '.join(get_args(Shape))}; got {s.unlabeled_shape!r}",
     )
     yield from ranges.rules({f"split.{key}": value for key, value in vars(s).items()})
     yield (

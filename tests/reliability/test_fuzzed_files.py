@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from semi_fast.cli import parse_config
 from semi_fast.data_prep.formats import FORMATS, Formats
 from semi_fast.data_prep.long_tail import make_split
 from semi_fast.data_prep.prepare import prepare_digits
@@ -33,6 +32,7 @@ from semi_fast.prepared.manifest import (
 )
 from semi_fast.prepared.tfrecord import open_records
 from semi_fast.rundir import checkpoint
+from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.config import check
 from semi_fast.schema.split import SplitConfig
 from semi_fast.schema.yaml_file import dump
