@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from semi_fast.reproduce.cells import Cell
 
 OWNED = {"seed": "--seeds", "run_dir": "--out", "data.path": "--data", "optim.steps": "--steps"}
-OWNED |= {"resume": "nothing: an unfinished run in --out is always resumed"}
 EVALUATIONS, APART = 60, 50
 """Of a shortened run, so that the twenty that are averaged are its last third; but no fewer steps apart."""
 
@@ -151,6 +150,8 @@ def configured(
     from semi_fast.reproduce.configuration import resolved
 
     check_free(flags, OWNED, "reproduce")
+    if "resume" in map(key_of, flags):
+        raise ValueError("--resume is set by reproduce, which goes on with what is in --out; leave it out")
     where = [] if data is None else [f"--data.path={data}"]
     published = resolved(cell, where)
     config = resolved(cell, [*where, *flags])
