@@ -60,7 +60,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Further flags are keys of the configuration, --key=value, for all runs."
 
 
-def run(*, files: Sequence[str], seeds: str, out: str | Path, per_device: int = 1, keys: Sequence[str] = ()) -> int:
+def run(
+    *, files: Sequence[str], seeds: str | None, out: str | Path, per_device: int = 1, keys: Sequence[str] = ()
+) -> int:
     """Train every configuration with every seed under `out`, then compare them; 1 if a run failed, as launchers do.
 
     A run is OUT/<file's name>/seed_K, its output OUT/<file's name>/seed_K.log. Finished ones are taken as they are,
