@@ -71,7 +71,7 @@ class Plan(NamedTuple):
     """Names of the rungs whose steps are cut into parts."""
 
 
-class Cell:
+class StepCell:
     """The rungs of one shape: those that step, and what their rows need."""
 
     def __init__(self, shape: Shape, manifest: Manifest, plan: Plan, stack: ExitStack):
@@ -155,11 +155,11 @@ class Cell:
         return {}, {"dispatched": f"{measure.count(work, self.plan.device).dispatched:.0f}"}
 
 
-KINDS: dict[str, Callable[[Cell, Rung], Found]] = {
-    "step": Cell.step,
-    "parts": Cell.parts,
-    "evaluation": Cell.evaluation,
-    "launches": Cell.launches,
+KINDS: dict[str, Callable[[StepCell, Rung], Found]] = {
+    "step": StepCell.step,
+    "parts": StepCell.parts,
+    "evaluation": StepCell.evaluation,
+    "launches": StepCell.launches,
 }
 """Of rows."""
 
@@ -173,7 +173,7 @@ def measure_cell(shape: Shape, rungs: Sequence[Rung], manifest: Manifest, plan: 
     step_cases.release(plan.device)
     cut = [rung for rung in rungs if rung.name in plan.cut]
     with ExitStack() as stack:
-        cell = Cell(shape, manifest, plan, stack)
+        cell = StepCell(shape, manifest, plan, stack)
         rest = [rung for rung in rungs if rung not in cut]
         turns = [(kind, cut) for kind in KINDS if kind != "launches"] + [("step", rest), ("launches", [*cut, *rest])]
         for kind, group in turns:
@@ -185,7 +185,7 @@ def measure_cell(shape: Shape, rungs: Sequence[Rung], manifest: Manifest, plan: 
                     write(row_of(kind, rung, cell))
 
 
-def row_of(kind: str, rung: Rung, cell: Cell, obstacle: str = "") -> dict[str, Any]:
+def row_of(kind: str, rung: Rung, cell: StepCell, obstacle: str = "") -> dict[str, Any]:
     """One kind of row, measured unless there is an obstacle."""
     found: dict[str, Spread] = {}
     values: dict[str, str] = {}

@@ -26,7 +26,7 @@ from semi_fast.errors import EXPECTED, NonFiniteError, exit_code, one_line
 from semi_fast.launch import started_alone
 from semi_fast.loop.ema import WeightAverage
 from semi_fast.loop.evaluation import EvalSet, Evaluation
-from semi_fast.loop.fit import Run
+from semi_fast.loop.fit import TrainingRun
 from semi_fast.loop.journal import Journal
 from semi_fast.loop.levels import ladder, switches
 from semi_fast.loop.metrics import Interval
@@ -110,7 +110,7 @@ def run_in(accelerator: Accelerator, config: Config) -> dict[str, Any]:
         preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
         with lost_ones_named(), all_or_none():
             if accelerator.is_main_process:
-                stack.enter_context(directory.locked(run_dir, config.resume, saved))
+                stack.enter_context(directory.locked_run(run_dir, config.resume, saved))
             trackers = run_dir / directory.TRACKERS
             stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
         stack.enter_context(lost_ones_named())
@@ -140,7 +140,7 @@ def build(
     run_dir: Path,
     meta: dict[str, Any],
     stack: ExitStack,
-) -> Run:
+) -> TrainingRun:
     """Every part of the run, in memory; nothing is written. `stack` ends what must be ended."""
     device, precision, main = numbered(accelerator.device), config.precision, accelerator.is_main_process
     stack.enter_context(switches(config.engine, device))
@@ -198,7 +198,7 @@ def build(
     )
     stack.callback(program.close)
     journal = Journal(MetricsFile(run_dir / "metrics.jsonl") if main else None, screen, partial(log, accelerator), meta)
-    return Run(config, program, journal, split.labeled_counts, run_dir / CHECKPOINTS)
+    return TrainingRun(config, program, journal, split.labeled_counts, run_dir / CHECKPOINTS)
 
 
 def make_state(
@@ -235,7 +235,7 @@ def memory_format(config: Config) -> torch.memory_format:
 
 
 def conduct(
-    run: Run,
+    run: TrainingRun,
     manifest: Manifest,
     split: Split,
     environment: dict[str, Any],
@@ -326,7 +326,7 @@ def eval_sets(manifest: Manifest, split: Split, device: torch.device, *, threads
 
 
 def guarded(config: Config) -> int:
-    """Run, and turn every expected failure into one line and an exit code."""
+    """TrainingRun, and turn every expected failure into one line and an exit code."""
     try:
         run(config)
     except EXPECTED as error:

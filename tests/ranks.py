@@ -17,7 +17,7 @@ from torch import Tensor
 
 from semi_fast import train
 from semi_fast.batch import Rows
-from semi_fast.loop.fit import Run
+from semi_fast.loop.fit import TrainingRun
 from semi_fast.loop.preemption import Preemption
 from semi_fast.loop.program import Program
 from semi_fast.loop.step import StepReport, TrainStep
@@ -102,7 +102,7 @@ def live(rank: int, count: int, port: int, words: list[str], change: Callable[[]
 
 def watch(seen: dict[str, Any]) -> None:
     """Have the program note in `seen` what it does."""
-    exchanges, one_step, work, fit = seen["exchanges"], TrainStep.__call__, Program.work, Run.fit
+    exchanges, one_step, work, fit = seen["exchanges"], TrainStep.__call__, Program.work, TrainingRun.fit
 
     def noted(name: str) -> Callable[..., Any]:
         exchange = getattr(dist, name)
@@ -129,7 +129,7 @@ def watch(seen: dict[str, Any]) -> None:
         work(self)
         seen["exchanges_of_steps"].append(exchanges[before:])
 
-    def watched_fit(self: Run, start: int, preemption: Preemption) -> None:
+    def watched_fit(self: TrainingRun, start: int, preemption: Preemption) -> None:
         try:
             fit(self, start, preemption)
         finally:
@@ -137,4 +137,4 @@ def watch(seen: dict[str, Any]) -> None:
 
     TrainStep.__call__ = watched_step
     Program.work = watched_work
-    Run.fit = watched_fit
+    TrainingRun.fit = watched_fit

@@ -189,6 +189,6 @@ def test_goals_are_judged_on_a_gpu(
     for device, verdict in (("cuda", (goal, "met")), ("cpu", ("", ""))):
         plan = step.Plan(torch.device(device), 1, 1, ())
         with ExitStack() as stack:
-            cell = step.Cell(Shape("wrn_28_2", 32, 64, 1), manifest, plan, stack)
+            cell = step.StepCell(Shape("wrn_28_2", 32, 64, 1), manifest, plan, stack)
             row = step.row_of("step", chosen, cell)
         assert (row["goal"], row["verdict"]) == verdict

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import semi_fast
 from semi_fast import train as module
 from semi_fast.cli import main
-from semi_fast.loop.fit import Run
+from semi_fast.loop.fit import TrainingRun
 from semi_fast.loop.sampling import Batches
 from semi_fast.schema.arguments import below, parse_config
 from semi_fast.schema.config import Config, check
@@ -612,7 +612,7 @@ def test_a_directory_that_was_used_since_it_was_looked_at(
     """By a run that began and ended while another was still loading."""
     run_dir, built = tmp_path / "run", module.build
 
-    def build(*arguments: Any, **parts: Any) -> Run:
+    def build(*arguments: Any, **parts: Any) -> TrainingRun:
         shutil.copytree(finished, run_dir)
         return built(*arguments, **parts)
 
@@ -703,7 +703,7 @@ def test_a_stale_status_does_not_outlive_the_next_start(
         seen.append((run_dir / "status.json").exists())
         raise OSError("no space left\non device")
 
-    monkeypatch.setattr(Run, "fit", full)
+    monkeypatch.setattr(TrainingRun, "fit", full)
     refused(capsys, train(digits, run_dir, *SHORT, "--resume=auto"), ["no space left on device"], code=3)
     assert seen == [False]
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 3

@@ -31,7 +31,7 @@ ENDING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepRun:
     """One run."""
 
     name: str
@@ -85,7 +85,7 @@ def run(
         return 1 if train_and_compare(cells, out, per_device=per_device) else 0
 
 
-def train_and_compare(cells: Sequence[Cell], out: Path, *, per_device: int) -> int:
+def train_and_compare(cells: Sequence[SweepRun], out: Path, *, per_device: int) -> int:
     """Train what is not finished, and compare all; returns how many runs failed."""
     summaries = {cell.name: found for cell in cells if (found := summary_of(cell)) is not None}
     for name in summaries:
@@ -107,7 +107,7 @@ def train_and_compare(cells: Sequence[Cell], out: Path, *, per_device: int) -> i
     return len(failed)
 
 
-def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Sequence[str]) -> Iterator[Cell]:
+def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Sequence[str]) -> Iterator[SweepRun]:
     """Every file with every seed; ValueError for two files of one name, and for flags that the sweep sets or that have
     an effect in none of its configurations. Where a flag has one, the others go without."""
     check_free(flags, OWNED, "sweep")
@@ -126,10 +126,10 @@ def cells_of(files: Sequence[str], *, seeds: Sequence[int], out: Path, flags: Se
             resume = "auto" if run_dir.exists() else "none"
             own = (f"--seed={seed}", f"--run_dir={run_dir}", f"--resume={resume}")
             arguments = (f"--config={file}", *used, *own)
-            yield Cell(f"{stem}/seed_{seed}", parse_config(arguments), arguments)
+            yield SweepRun(f"{stem}/seed_{seed}", parse_config(arguments), arguments)
 
 
-def summary_of(cell: Cell) -> dict[str, Any] | None:
+def summary_of(cell: SweepRun) -> dict[str, Any] | None:
     """The summary of the run if it is finished; ValueError if another one is in its place."""
     from semi_fast.commands.reproduce import finished
     from semi_fast.data_prep.long_tail import split_for
@@ -141,7 +141,7 @@ def summary_of(cell: Cell) -> dict[str, Any] | None:
     return finished(cell.config, seal_split(split_for(manifest, "run", cell.config.split)).sha256)
 
 
-def devices(cells: Sequence[Cell]) -> list[str | None]:
+def devices(cells: Sequence[SweepRun]) -> list[str | None]:
     """What CUDA_VISIBLE_DEVICES is for a run on each of the devices; None alone for the CPU."""
     if all(cell.config.device == "cpu" for cell in cells):
         return [None]
@@ -152,11 +152,11 @@ def devices(cells: Sequence[Cell]) -> list[str | None]:
     return list(named.split(",") if named else map(str, range(count))) if count else [None]
 
 
-def carry_out(waiting: deque[Cell], slots: deque[str | None]) -> dict[str, int]:
+def carry_out(waiting: deque[SweepRun], slots: deque[str | None]) -> dict[str, int]:
     """Exit codes by name; at most one run on each of the `slots` at a time. Running ones are ended with this call."""
     codes: dict[str, int] = {}
     threads = max(1, (os.cpu_count() or 1) // max(1, min(len(slots), len(waiting))))
-    running: dict[str, tuple[Cell, subprocess.Popen[bytes], str | None, float]] = {}
+    running: dict[str, tuple[SweepRun, subprocess.Popen[bytes], str | None, float]] = {}
     try:
         while waiting or running:
             while waiting and slots:
@@ -175,7 +175,7 @@ def carry_out(waiting: deque[Cell], slots: deque[str | None]) -> dict[str, int]:
     return codes
 
 
-def start(cell: Cell, slot: str | None, threads: int) -> subprocess.Popen[bytes]:
+def start(cell: SweepRun, slot: str | None, threads: int) -> subprocess.Popen[bytes]:
     """The run's process; it sees its device and has its share of the cores alone, and writes to its log."""
     cell.output.parent.mkdir(parents=True, exist_ok=True)
     share = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
@@ -193,7 +193,7 @@ def start(cell: Cell, slot: str | None, threads: int) -> subprocess.Popen[bytes]
         )
 
 
-def outcome(cell: Cell, code: int, seconds: float) -> str:
+def outcome(cell: SweepRun, code: int, seconds: float) -> str:
     """How a run ended, in one line."""
     minutes = f"{seconds / 60:.1f} min"
     if code == 75:

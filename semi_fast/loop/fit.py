@@ -21,7 +21,7 @@ MOST_NOT_SAVED = 3
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A configuration, the device work that it means, and what is told of it."""
 
     config: Config

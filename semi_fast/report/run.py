@@ -50,7 +50,7 @@ class HeadResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRecord:
     step: int
     split: str
     predicts: str
@@ -72,7 +72,7 @@ class Run:
     unlabeled_counts: np.ndarray  # float [C], by the truth; NaN where it is unknown
     test_counts: np.ndarray  # float [C]
     train: tuple[TrainRecord, ...]
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[EvaluationRecord, ...]
 
     @property
     def method(self) -> str:
@@ -104,7 +104,7 @@ class Run:
         groups = class_groups(np.nan_to_num(self.labeled_counts).tolist())
         return {name: np.array(classes, dtype=np.int64) for name, classes in groups.items()}
 
-    def of(self, split: str) -> tuple[Evaluation, ...]:
+    def of(self, split: str) -> tuple[EvaluationRecord, ...]:
         """The evaluations on `test` or `validation`, by step."""
         return tuple(evaluation for evaluation in self.evaluations if evaluation.split == split)
 
@@ -268,7 +268,7 @@ def _train_record(record: dict, classes: int, where: str) -> TrainRecord:
     )
 
 
-def _evaluation(record: dict, classes: int, where: str) -> Evaluation:
+def _evaluation(record: dict, classes: int, where: str) -> EvaluationRecord:
     heads = {}
     for name, head in _mapping(record.get("heads"), where).items():
         at = f"{where}: heads.{name}"
@@ -284,7 +284,7 @@ def _evaluation(record: dict, classes: int, where: str) -> Evaluation:
             raise _damaged(f"{at}.confusion", f"must have {classes} rows, one a class", len(rows))
     if record.get("split") not in ("test", "validation"):
         raise _damaged(where, "split must be test or validation", record.get("split"))
-    return Evaluation(record["step"], record["split"], str(record.get("predicts")), heads)
+    return EvaluationRecord(record["step"], record["split"], str(record.get("predicts")), heads)
 
 
 def _checked_summary(summary: dict[str, Any], where: Path) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
 
 
 @contextmanager
-def locked(run_dir: Path, resume: str, saved: checkpoint.Checkpoint | None) -> Iterator[None]:
+def locked_run(run_dir: Path, resume: str, saved: checkpoint.Checkpoint | None) -> Iterator[None]:
     """Make the directory ours while the run lasts, which goes on from `saved`; `status.json` there says how it ended.
 
     While it runs there is no such file. Raises ValueError, naming the holder, if another process has the directory, or

@@ -27,7 +27,7 @@ def protocol(config: Config, manifest: Manifest) -> str:
     )
 
 
-def shortened(config: Config) -> list[dict[str, Any]]:
+def deviations(config: Config) -> list[dict[str, Any]]:
     """Every constant that differs from the published recipe, which is the schema's default."""
     run, paper = leaves(plain(config)), leaves(plain(Config()))
     mine = f"method.{config.method.name}."
@@ -85,7 +85,7 @@ def summarise(
         "best": {"top1": best["heads"][predicts]["top1"], "step": best["step"], "selected_on": "test"},
         "heads": {head: averages(tests, head) for head in tests[-1]["heads"]},
         "validation": None,
-        "shortened": shortened(config),
+        "shortened": deviations(config),
         "split_sha256": split.sha256,
         "manifest_sha256": manifest.sha256,
         "seed": config.seed,

@@ -20,7 +20,7 @@ from torch import nn
 
 from semi_fast import train
 from semi_fast.disk import write_text
-from semi_fast.loop.fit import Run
+from semi_fast.loop.fit import TrainingRun
 from semi_fast.loop.sampling import Stream
 from semi_fast.models import classifier
 from semi_fast.philox import ORDER_LABELED, ORDER_UNLABELED
@@ -242,14 +242,14 @@ def cut_back(parent: Path, to: Path, step: int) -> Path:
 def go_on(configuration: Config, until: int | None = None) -> None:
     """Resume; to the end, or to the checkpoint after step `until`."""
     with pytest.MonkeyPatch.context() as patch:
-        save = Run.save
+        save = TrainingRun.save
 
-        def stopping(self: Run, done: int, *, must: bool) -> None:
+        def stopping(self: TrainingRun, done: int, *, must: bool) -> None:
             save(self, done, must=must)
             if done == until:
                 raise Stopped
 
-        patch.setattr(Run, "save", stopping)
+        patch.setattr(TrainingRun, "save", stopping)
         try:
             train.run(configuration)
         except Stopped:
@@ -328,11 +328,11 @@ def test_saving_what_was_resumed_gives_the_same_bytes(
 ) -> None:
     name, flags, parent = whole
 
-    def fit(self: Run, start: int, preemption: object) -> None:
+    def fit(self: TrainingRun, start: int, preemption: object) -> None:
         self.save(start, must=True)
         raise Stopped
 
-    monkeypatch.setattr(Run, "fit", fit)
+    monkeypatch.setattr(TrainingRun, "fit", fit)
     for step in (1, 7):
         run_dir = cut_back(parent, tmp_path / str(step), step)
         before = checkpoints(run_dir)
