@@ -222,7 +222,7 @@ def count(flags: list[str], model: str = "wrn_28_2", **options: Any) -> Launches
         manifest = stack.enter_context(data_of(shape, None, small=True))
         config = configured(shape, manifest, CPU, ["--precision=bf16", *flags])
         program = open_program(config, manifest, stack)
-        step, state = program.step, program.step.state
+        step, state = program.train_step, program.train_step.state
         counting = Launches()
         step.make_views = counting.named("views", step.make_views)
         step.watched = counting.named("watch", step.watched)

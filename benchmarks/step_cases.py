@@ -253,7 +253,7 @@ def forward_flop(program: Program) -> int:
     height, width = program.images.shape[1:3]
     image = torch.zeros(1, 3, height, width, device=program.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        program.step.state.average.model(image)
+        program.train_step.state.average.model(image)
     return counter.get_total_flops()
 
 
@@ -262,7 +262,7 @@ def parts(program: Program) -> dict[str, Callable[[], Any]]:
 
     With a compiled forward and loss `forward` alone is left out: nothing cuts the compiled code.
     """
-    step, s = program.step, program.step.state
+    step, s = program.train_step, program.train_step.state
 
     def rows() -> Rows:
         ids, visits = program.draws.share(s.step)

@@ -57,7 +57,7 @@ class OurLoop:
 
     def evaluate(self) -> dict[str, float]:
         confusions = self.run.program.evaluations[0].confusions()
-        found = scores(confusions[self.run.program.step.method.predicts], self.run.labeled_counts)
+        found = scores(confusions[self.run.program.train_step.method.predicts], self.run.labeled_counts)
         return {name: found[name] for name in ("top1", "balanced_accuracy")}
 
     def close(self) -> None:

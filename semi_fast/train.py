@@ -70,7 +70,7 @@ def run(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def session(config: Config) -> Iterator[Accelerator]:
-    """The device and the processes of a launch, in which runs of this `device` may follow one another."""
+    """The device and the processes of a launch, in which runs of this `device` and timeout may follow one another."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda but torch sees no CUDA device; use --device cpu, or auto")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
@@ -105,7 +105,7 @@ def run_in(accelerator: Accelerator, config: Config) -> dict[str, Any]:
     with ExitStack() as stack:
         if fresh and accelerator.is_main_process:
             stack.callback(directory.remove_empty, run_dir)
-        this = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
+        training = build(config, manifest, split, accelerator, run_dir=run_dir, meta=meta, stack=stack)
         accelerator.wait_for_everyone()  # all have looked at the directory before anyone writes
         preemption = stack.enter_context(Preemption(config.engine.timeout_seconds))
         with lost_ones_named(), all_or_none():
@@ -114,7 +114,7 @@ def run_in(accelerator: Accelerator, config: Config) -> dict[str, Any]:
             trackers = run_dir / directory.TRACKERS
             stack.enter_context(tracked(accelerator, config.log.track, trackers, leaves(identity(config))))
         stack.enter_context(lost_ones_named())
-        summary = conduct(this, manifest, split, environment, saved, preemption)
+        summary = conduct(training, manifest, split, environment, saved, preemption)
         accelerator.wait_for_everyone()
         return summary
 
@@ -256,8 +256,9 @@ def conduct(
             (run_dir / name).unlink(missing_ok=True)
         with disk.writing(run_dir / "split.json"):
             save_split(split, run_dir / "split.json")
-        sizes = sum(p.numel() for p in program.step.state.model.parameters()), program.layout.total
-        journal.screen.line(runlog.opening(config, manifest, split, environment, *sizes))
+        parameters = sum(p.numel() for p in program.train_step.state.model.parameters())
+        said = runlog.opening(config, manifest, split, environment, parameters=parameters, rows=program.layout.total)
+        journal.screen.line(said)
         if saved is not None or config.resume == "auto":
             nothing = f"nothing to resume in {run_dir}: starting at step 0"
             journal.screen.line(f"resumed from {saved.path}" if saved else nothing)
@@ -326,7 +327,7 @@ def eval_sets(manifest: Manifest, split: Split, device: torch.device, *, threads
 
 
 def guarded(config: Config) -> int:
-    """TrainingRun, and turn every expected failure into one line and an exit code."""
+    """Run, and turn every expected failure into one line and an exit code."""
     try:
         run(config)
     except EXPECTED as error:

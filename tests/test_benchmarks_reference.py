@@ -36,7 +36,7 @@ def our_rows(loop: OurLoop) -> Rows:
     """What our next step is given."""
     program = loop.run.program
     program.draws.renew(loop.done)
-    ids, visits = program.draws.share(program.step.state.step)
+    ids, visits = program.draws.share(program.train_step.state.step)
     program.source.read(ids, program.images)
     return Rows(program.images, ids, visits, program.labels[ids[: program.layout.labeled]], program.layout)
 
@@ -57,10 +57,10 @@ def test_a_step_of_the_loop_is_a_step_of_ours(make: Make) -> None:
     assert isinstance(ours, OurLoop)
     assert isinstance(loop, ReferenceLoop)
     to_float64(loop)
-    state, masks = ours.run.program.step.state, set()
+    state, masks = ours.run.program.train_step.state, set()
     for _ in range(8):
         rows = our_rows(ours)
-        views = split_rows(ours.run.program.step.make_views(rows), rows.layout)
+        views = split_rows(ours.run.program.train_step.make_views(rows), rows.layout)
         strong = views.strong.chunk(rows.layout.strong_views)
         ours.step()
         unknown = torch.full((rows.layout.unlabeled,), -1)
@@ -94,7 +94,7 @@ def test_both_evaluate_the_same_weights_alike(make: Make) -> None:
     assert isinstance(loop, ReferenceLoop)
     for _ in range(6):
         ours.step()
-    loop.ema_model.load_state_dict(ours.run.program.step.state.average.model.state_dict())
+    loop.ema_model.load_state_dict(ours.run.program.train_step.state.average.model.state_dict())
     found, expected = loop.evaluate(), ours.evaluate()
     assert found["top1"] != found["balanced_accuracy"]
     assert found == pytest.approx(expected, abs=0.3)  # an image or two on the edge between classes

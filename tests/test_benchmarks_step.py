@@ -117,13 +117,13 @@ def test_the_last_part_is_the_whole_step(manifest: Manifest) -> None:
             part = runner.step if name == "step" else step_cases.parts(program)[name]
             program.draws.renew(1)
             part()
-            found.append({key: tensor.clone() for key, tensor in program.step.state.tensors()})
+            found.append({key: tensor.clone() for key, tensor in program.train_step.state.tensors()})
         whole, count, own = found
         assert all(torch.equal(whole[name], count[name]) for name in whole)
         assert all(torch.equal(whole[name], own[name]) for name in whole)
         parts = step_cases.parts(program)
         assert tuple(parts) == step_cases.PARTS
-        program.step.losses = lambda *_: None  # type: ignore[assignment]
+        program.train_step.losses = lambda *_: None  # type: ignore[assignment]
         assert "forward" not in step_cases.parts(program), "nothing cuts compiled code"
 
 
@@ -154,9 +154,9 @@ def test_a_rung_is_what_its_name_says(manifest: Manifest) -> None:
     assert [rungs[0].name, rungs[-1].name] == ["graph-compile-bf16", "eager-fp32-contiguous"]
     with ExitStack() as stack:
         program = step_cases.open_rung(rungs[-1], TINY, manifest, CPU, stack)
-        weight = program.step.state.model.get_parameter("backbone.conv1.weight")
+        weight = program.train_step.state.model.get_parameter("backbone.conv1.weight")
         assert weight.is_contiguous()
-        assert (program.levels[0].name, program.step.precision) == ("eager", "fp32")
+        assert (program.levels[0].name, program.train_step.precision) == ("eager", "fp32")
 
 
 def test_synthetic_classes_are_long_tailed_and_fill_every_step(manifest: Manifest) -> None:

@@ -97,7 +97,7 @@ def contents(program: Program) -> dict[str, torch.Tensor]:
 def test_heads_are_evaluated_in_one_order(program: Callable[..., Program]) -> None:
     """Processes exchange their counts head by head; the order of a set is each process's own."""
     steps = program("--method.name=semi")
-    needs = steps.step.method.needs
+    needs = steps.train_step.method.needs
     assert list(steps.evaluations[0].counts) == list(needs.heads) == ["head", "balanced_head"]
 
 
@@ -128,7 +128,7 @@ def test_a_rehearsal_reads_what_the_next_steps_read(
     assert steps.labels[0] == -1
     labeled = steps.draws.streams[0]
     last = labeled.table[0].numel() // labeled.rows - 1  # of the first block
-    steps.step.state.step.fill_(last)
+    steps.train_step.state.step.fill_(last)
     read, seen = steps.source.read, []
 
     def watched(ids: torch.Tensor, out: torch.Tensor) -> None:

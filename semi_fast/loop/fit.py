@@ -1,4 +1,4 @@
-"""The loop: step, evaluate, log, save; the only one, and the only place that waits for the device."""
+"""The loop: step, evaluate, log, save; the only one, and the one that says when to wait for the device."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class TrainingRun:
             done = step + 1
             last = done == c.optim.steps
             if last or done % c.eval.every == 0:
+                program.check_finite()
                 self.pause()
                 for evaluation in program.evaluations:
                     self.evaluate(evaluation, done, last=last)
@@ -64,14 +65,13 @@ class TrainingRun:
         journal.screen.close()
 
     def pause(self) -> None:
-        """Wait for the device, so that what follows is not counted as training, or the reverse; NonFiniteError."""
-        self.program.check_finite()
+        """Wait for the device, so that what follows is not counted as training, or the reverse."""
         self.program.wait()
         self.journal.training_until_now()
 
     def evaluate(self, evaluation: Evaluation, done: int, *, last: bool) -> None:
         """Evaluate the averaged weights and record it; the last time with the confusion matrices."""
-        began, step = time.monotonic(), self.program.step
+        began, step = time.monotonic(), self.program.train_step
         processes.copy_from_first(step.state.average.model.buffers())  # with model.bn=local each has its own
         confusions = evaluation.confusions()
         heads = {name: scores(table, self.labeled_counts) for name, table in confusions.items()}
@@ -87,6 +87,7 @@ class TrainingRun:
         What the disk does not take is tried twice; then the run goes on with a warning, unless it `must` be saved or
         this was the third time in a row: NotSavedError.
         """
+        self.program.check_finite()
         self.program.interval.share()
         self.check_same(done)
         if self.journal.metrics is None:
@@ -107,8 +108,10 @@ class TrainingRun:
 
     def publish(self, done: int) -> None:
         """Write what a resumed run needs."""
-        meta = self.journal.saved(done, self.program)
-        checkpoint.save(self.checkpoints, done, self.program.saved(), meta, keep=self.config.checkpoint.keep)
+        meta = self.journal.checkpoint_meta(done, self.program)
+        checkpoint.save(
+            self.checkpoints, done, self.program.checkpoint_tensors(), meta, keep=self.config.checkpoint.keep
+        )
 
     def check_same(self, done: int) -> None:
         """Raise RuntimeError on all processes if they have drifted apart."""
@@ -122,11 +125,11 @@ class TrainingRun:
 
     def resume(self, saved: checkpoint.Checkpoint) -> int:
         """Take over the state of a checkpoint; returns the step to go on from."""
-        meta, scaler, interval = saved.meta, self.program.step.state.scaler, self.program.interval
+        meta, scaler, interval = saved.meta, self.program.train_step.state.scaler, self.program.interval
         if meta["scaler"].keys() != scaler.state_dict().keys():
             raise ValueError(f"checkpoint {saved.path} does not fit this run: scaler has other keys; use a new run_dir")
-        interval.open(meta["interval_names"], meta["interval_steps"])
-        checkpoint.restore(self.program.saved(), saved.tensors)
+        interval.open(meta["interval_terms"], meta["interval_stats"], meta["interval_steps"])
+        checkpoint.restore(self.program.checkpoint_tensors(), saved.tensors)
         if self.journal.metrics is not None:
             self.journal.metrics.check(meta["metrics_bytes"])  # before anything is given up
             checkpoint.retire_after(self.checkpoints, meta["step"])

@@ -38,13 +38,14 @@ class Journal:
         self.clock.interval += seconds
 
     def ready(self, program: Program) -> None:
-        """The first step is done: what its level took before was no training."""
-        self.clock.training -= program.prepared["seconds"]
-        self.clock.interval -= program.prepared["seconds"]
+        """The first step is done: what its first rows and its level took before was no training."""
+        before = program.ready_at - self.clock.started
+        self.clock.training -= before
+        self.clock.interval -= before
         now = str(program.level)
-        before = self.meta.get("level", now)
-        if before != now:
-            self.note_changes([f"engine.level was {before}, is {now}"])
+        was = self.meta.get("level", now)
+        if was != now:
+            self.note_changes([f"engine.level was {was}, is {now}"])
         self.meta["level"] = now
 
     def note_changes(self, found: list[str]) -> None:
@@ -72,7 +73,7 @@ class Journal:
             "kind": "train",
             "step": done,
             "seconds": round(self.clock.total, 3),
-            "lr": float(program.step.lr),
+            "lr": float(program.train_step.lr),
             "images_per_second": per_second * program.layout.images,
             "rows_per_second": per_second * program.layout.total,
             "terms": terms,
@@ -92,13 +93,13 @@ class Journal:
     ) -> None:
         """Of the set `name` after step `done`: scores by head, `predicts` the one that the method predicts with."""
         record = {"kind": "eval", "step": done, "split": name, "predicts": predicts, "heads": heads}
-        self.write(record | {"seconds": round(seconds, 3)})
+        self.write({**record, "seconds": round(seconds, 3)})
         own = heads[predicts]
         self.track({f"{name}.{k}": own[k] for k in ("top1", "balanced_accuracy")}, done)
         few = "" if own["few"] is None else f" few {own['few']:.1f}"
         self.latest[name] = done, f"  {name} {own['top1']:.1f}% balanced {own['balanced_accuracy']:.1f}{few}"
 
-    def saved(self, done: int, program: Program) -> dict[str, Any]:
+    def checkpoint_meta(self, done: int, program: Program) -> dict[str, Any]:
         """What a checkpoint after step `done` says beside its tensors; the records are on the disk."""
         assert self.metrics is not None
         self.meta |= {
@@ -109,8 +110,9 @@ class Journal:
             "interval_seconds": self.clock.interval,
             "metrics_bytes": self.metrics.flush(),
             "interval_steps": program.interval.steps,
-            "interval_names": program.interval.names,
-            "scaler": program.step.state.scaler.state_dict(),
+            "interval_terms": program.interval.terms,
+            "interval_stats": program.interval.stats,
+            "scaler": program.train_step.state.scaler.state_dict(),
         }
         return self.meta
 

@@ -32,8 +32,9 @@ class Interval:
         It lives here and not where a method could reach it.
         """
         self.truth, device = truth, truth.device
-        self.names: dict[str, list[str]] = {}  # of terms and of stats
-        self.sums = torch.zeros(0, dtype=torch.float64, device=device)  # of the scalars, in this order
+        self.terms: list[str] = []
+        self.stats: list[str] = []
+        self.sums = torch.zeros(0, dtype=torch.float64, device=device)  # of the terms, then of the stats
         self.steps = 0
         self.seen = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # [truth, pseudo-label]
         self.used = torch.zeros_like(self.seen)
@@ -45,8 +46,8 @@ class Interval:
 
         Device work alone, so that it can be captured; who runs the step counts `steps`.
         """
-        if not self.names:
-            self.open({"terms": list(report.terms), "stats": list(report.stats)}, self.steps)
+        if not self.terms:
+            self.open(list(report.terms), list(report.stats), self.steps)
         scalars = torch.stack([*report.terms.values(), *report.stats.values()])
         self.count(scalars, ids, report.pending.get("pseudo_label"), report.pending.get("mask"))
 
@@ -72,8 +73,9 @@ class Interval:
         Waits for the device.
         """
         self.share()
-        means = iter((self.sums / self.steps).tolist())
-        terms, stats = ({name: next(means) for name in self.names[kind]} for kind in ("terms", "stats"))
+        means = [value / self.steps for value in self.sums.tolist()]
+        terms = dict(zip(self.terms, means[: len(self.terms)], strict=True))
+        stats = dict(zip(self.stats, means[len(self.terms) :], strict=True))
         used_rows, rows = self.rows.tolist()
         if not rows:
             return terms, stats, None
@@ -92,7 +94,7 @@ class Interval:
 
     def share(self) -> None:
         """Replace every process's sums of scalars by their mean over processes."""
-        if self.names and processes.count() > 1:
+        if self.terms and processes.count() > 1:
             processes.sum_in_place(self.sums).div_(processes.count())
 
     def reset(self) -> None:
@@ -104,7 +106,7 @@ class Interval:
         """Name and storage of every sum."""
         return [("sums", self.sums), ("seen", self.seen), ("used", self.used), ("rows", self.rows)]
 
-    def open(self, names: dict[str, list[str]], steps: int) -> None:
+    def open(self, terms: list[str], stats: list[str], steps: int) -> None:
         """Make room for the sums of these terms and stats, `steps` steps into an interval."""
-        self.names, self.steps = names, steps
-        self.sums = torch.zeros(sum(map(len, names.values())), dtype=torch.float64, device=self.truth.device)
+        self.terms, self.stats, self.steps = terms, stats, steps
+        self.sums = torch.zeros(len(terms) + len(stats), dtype=torch.float64, device=self.truth.device)

@@ -52,8 +52,11 @@ class Preemption:
             self.group = dist.new_group(backend="gloo", timeout=self.timeout)  # on the host: no wait for the device
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.restore()
+        if self.group is not None and kind is None:  # after a failure others may not answer
+            dist.destroy_process_group(self.group)
+            self.group = None
 
     def restore(self) -> None:
         for one, handler in self.before.items():

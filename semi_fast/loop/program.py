@@ -34,7 +34,7 @@ class Reads(Protocol):
 class Program:
     """What runs on the device, and what a step needs of the host before it."""
 
-    step: TrainStep
+    train_step: TrainStep
     source: Reads
     batches: Batches
     layout: RowLayout
@@ -47,7 +47,7 @@ class Program:
     levels: Sequence[Level]
     """To try, best first."""
     why: str
-    """No better ones are tried."""
+    """Better ones are left out; empty if none are."""
     seed: int
     say: Callable[[str], None]
 
@@ -57,6 +57,7 @@ class Program:
         self.sampling: Callable[[], tuple[Tensor, Tensor, Tensor]] = self.sample
         self.run: Callable[[], None] | None = None  # a step's device work at its level
         self.level: Level | None = None
+        self.ready_at = 0.0  # by the monotonic clock
         self.prepared: dict[str, Any] = {}
         """`level`, whether it is `compiled`, and the `seconds` that it took to get ready."""
 
@@ -73,13 +74,13 @@ class Program:
         """A step on the device, from the state's step alone: rows in, one update, its scalars added to the interval."""
         ids, visits, labels = self.sampling()
         self.source.read(ids, self.images)
-        loss = self.step(Rows(self.images, ids, visits, labels, self.layout))
+        loss = self.train_step(Rows(self.images, ids, visits, labels, self.layout))
         unlabeled = processes.gather_rows({"ids": ids[self.layout.labeled :]})["ids"]
         self.interval.add(loss, unlabeled)
 
     def sample(self) -> tuple[Tensor, Tensor, Tensor]:
         """Who comes in this step: ids and visits [B + U] of this process, labels of the labeled rows [B]."""
-        ids, visits = self.draws.share(self.step.state.step)
+        ids, visits = self.draws.share(self.train_step.state.step)
         return ids, visits, self.labels[ids[: self.layout.labeled]]
 
     def prepare(self) -> Callable[[], None]:
@@ -91,7 +92,7 @@ class Program:
         and when one of several processes fails.
         """
         began = time.monotonic()
-        first = int(self.step.state.step.item())  # a wait before the first step, and no other
+        first = int(self.train_step.state.step.item())  # a wait before the first step, and no other
         for step in range(first, first + WARM_UP):  # what a rehearsal reads
             self.draws.renew(step)
         for level in self.levels:
@@ -102,7 +103,7 @@ class Program:
                 raise
             except Exception as error:  # compilers raise what they like
                 if memory := out_of_memory(error):
-                    raise RuntimeError(no_room(memory, self.device, self.step.precision)) from error
+                    raise RuntimeError(no_room(memory, self.device, self.train_step.precision)) from error
                 if isinstance(error, CaptureError):
                     line = f"the step could not be captured: {said(error)}; use --engine.level=compile"
                     raise RuntimeError(line) from error
@@ -117,19 +118,20 @@ class Program:
         self.prepared = {"level": level.name, "compiled": level.compiled, "seconds": seconds}
         why = f" ({self.why})" if self.why else ""
         self.say(f"engine: {level}{why}; ready after {seconds:.1f} s")
+        self.ready_at = time.monotonic()
         return self.run
 
     def at(self, level: Level) -> Callable[[], None]:
         """A step's work at a level, tried out where that can fail, without a trace; evaluations as far as captured."""
         if level.compiled:
             self.compile(compiler(level))
-        parameters = sum(p.numel() for p in self.step.state.model.parameters())
+        parameters = sum(p.numel() for p in self.train_step.state.model.parameters())
         if level.name == "eager" and processes.count() > 1 and parameters >= level.ddp_parameters:
-            self.step.overlap_exchange()
+            self.train_step.overlap_exchange()
         if self.device.type == "cpu" and level.name == "eager":
             return self.work
         rehearse(self.work, self.changed, self.device)
-        self.step.state.optimizer.zero_grad(set_to_none=True)  # a graph has gradients of its own
+        self.train_step.state.optimizer.zero_grad(set_to_none=True)  # a graph has gradients of its own
         pool = memory_pool(self.device)
         for evaluation in self.evaluations:
             rehearse(evaluation.run, evaluation.changed, self.device)
@@ -139,24 +141,26 @@ class Program:
     def compile(self, compiled: Compiler) -> None:
         """From the next call on run what `compiled` makes of the parts of a step and of an evaluation."""
         self.sampling = compiled(self.sample)
-        self.step.compile(compiled)
+        self.train_step.compile(compiled)
         self.interval.compile(compiled)
         for evaluation in self.evaluations:
             evaluation.run = compiled(evaluation.one_batch)
 
-    def saved(self) -> list[tuple[str, Tensor]]:
+    def checkpoint_tensors(self) -> list[tuple[str, Tensor]]:
         """What a checkpoint holds: the state of the step and the sums of the open log interval."""
         open_interval = [(f"interval.{name}", tensor) for name, tensor in self.interval.tensors()]
-        return [*self.step.state.tensors(), *open_interval]
+        return [*self.train_step.state.tensors(), *open_interval]
 
     def changed(self) -> Iterator[tuple[str, Tensor]]:
         """All that the work of a step writes and that outlives it."""
-        yield from self.saved()
-        yield from self.step.state.others()
+        yield from self.checkpoint_tensors()
+        yield from self.train_step.state.others()
 
     def check_finite(self) -> None:
         """Raise NonFiniteError on all processes if any has met one. Waits for the device."""
-        bad = int(processes.least_in_place(self.step.state.bad_step.clone()).item())  # once per interval
+        bad = int(
+            processes.least_in_place(self.train_step.state.bad_step.clone()).item()
+        )  # where the loop waits anyway
         if bad != NEVER:
             raise NonFiniteError(bad, [int(i) for draw in self.batches.whole(bad) for i in draw.ids])
 

@@ -28,9 +28,9 @@ BEFORE = re.compile(rf"{re.escape(LOCK)}.*|{re.escape(STATUS)}|{TRACKERS}|\..+\.
 """Of a run directory: what there is before a run begins, or a kill leaves of a file that it had begun to write, so that
 one with nothing else is as good as empty."""
 
-OF_THE_ENGINE = {
+OF_THE_LOOP = {
     "step", "level", "seconds", "cpu_seconds", "training_seconds", "interval_seconds", "interval_steps",
-    "interval_names", "metrics_bytes", "scaler",
+    "interval_terms", "interval_stats", "metrics_bytes", "scaler",
 }  # fmt: skip
 """What a checkpoint says of the state, beside `provenance`."""
 
@@ -127,7 +127,7 @@ def checkpoint_to_resume(
 
 def check_same_run(saved: checkpoint.Checkpoint, meta: dict[str, Any]) -> None:
     """Raise ValueError for the first thing in which a checkpoint is not of the run that `meta` describes."""
-    if odd := sorted(saved.meta.keys() ^ (meta.keys() | OF_THE_ENGINE)):
+    if odd := sorted(saved.meta.keys() ^ (meta.keys() | OF_THE_LOOP)):
         raise ValueError(
             f"checkpoint {saved.path} is of another version of semi_fast: {odd[0]} is on one side only; "
             "use a new run_dir"

@@ -205,7 +205,9 @@ class Screen:
             self.bar.stop()
 
 
-def opening(config: Config, manifest: Manifest, split: Split, env: dict[str, Any], parameters: int, rows: int) -> str:
+def opening(
+    config: Config, manifest: Manifest, split: Split, env: dict[str, Any], *, parameters: int, rows: int
+) -> str:
     """What a run says first; `rows` of one forward of a process."""
     truth = "unknown classes" if split.unlabeled_counts is None else f"{sum(split.unlabeled_counts)} not labeled too"
     return "\n".join(

@@ -216,7 +216,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     save_split(make_split(manifest, "lt", settings), split_path)
     draw = torch.Generator().manual_seed(SEED)
     tensors = {"weights": torch.randn(40, 30, generator=draw), "count": torch.arange(50), "flag": torch.tensor(True)}
-    meta = {"step": 5, "interval_names": ["total", "loss"], "config": {"a": [1, 2.5, None]}}
+    meta = {"step": 5, "interval_terms": ["total", "loss"], "config": {"a": [1, 2.5, None]}}
     checkpoint.save(saved.parent, 5, tensors.items(), meta, keep=1)
     yaml.write_text(dump(config(data, root / "run")))
     shard, index, beton = (

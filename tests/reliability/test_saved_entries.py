@@ -137,7 +137,8 @@ FRESH = {
     "metrics_bytes": 0,
     "step": 0,
     "interval_steps": 0,
-    "interval_names": [],
+    "interval_terms": [],
+    "interval_stats": ["another"],
     "changed_on_resume": [],
     "scaler.scale": 131072.0,  # not that of a new run, which it still has
     "scaler._growth_tracker": 0,
