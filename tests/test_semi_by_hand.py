@@ -18,30 +18,13 @@ C, EPOCH, STEPS = len(COUNTS), 3, 16
 CASES = {
     "default": TINY,
     "paper": replace(TINY, **PRESETS["paper"], prior_momentum=0.8),
-    "ema": replace(
-        TINY,
-        class_weight_update="ema",
-        class_weight_momentum=0.7,
-        class_weight_norm="max",
-        class_weight_temperature=2.0,
-        mixing_index="predicted",
-        mixing_ramp="step",
-        prototype_query="mean",
-        center="feature_ema",
-        head_adjustment=1.5,
-        mask_source="mixed",
-        bank_decay_scope="stale",
-        bank_decay_clock="epoch",
-        temperature=1.4,
-    ),
+    "stale": replace(TINY, bank_decay_scope="stale", bank_decay_clock="epoch", unlabeled_prior="joint"),
     "capacity": replace(
         TINY,
         prototype_mean="capacity",
-        prototype_normalize=True,
         mixing_ramp="epoch_per_epoch_steps",
         entropy_source="linear",
         bank_eviction="oldest",
-        bank_views="weak",
         pseudo_label_target="soft",
         balanced_target="mixed",
         balanced_mask="own_adjusted",
@@ -83,9 +66,7 @@ class ByHand:
         for rows in self.bank:
             total = sum((feature for _, _, feature in rows), torch.zeros_like(query))
             mean = total / (o.bank_slots if o.prototype_mean == "capacity" else max(len(rows), 1))
-            if o.prototype_normalize:
-                query, mean = query / query.norm(), mean / max(mean.norm().item(), 1e-12)
-            valid.append(o.prototype_mean == "capacity" or len(rows) >= o.prototype_min_filled)
+            valid.append(o.prototype_mean == "capacity" or bool(rows))
             scores.append(math.exp(-(query - mean).norm().item() / o.prototype_temperature) if valid[-1] else 0.0)
         return [s / sum(scores) if sum(scores) else 0.0 for s in scores], valid
 
@@ -93,15 +74,9 @@ class ByHand:
         o, epoch = self.o, step // EPOCH
         if epoch < o.warmup_epochs:
             return p
-        ramp = {"epoch": epoch * EPOCH / STEPS, "step": step / STEPS, "epoch_per_epoch_steps": epoch / EPOCH}
-        w = list(self.share)
-        if o.class_weight_norm == "max":
-            w = [x ** (1 / o.class_weight_temperature) for x in w]
-            w = [x / max(w) for x in w]
+        ramp = {"epoch": epoch * EPOCH / STEPS, "epoch_per_epoch_steps": epoch / EPOCH}
         vote, valid = self.vote(query)
-        g = [o.mixing * ramp[o.mixing_ramp] * x if v else 0.0 for x, v in zip(w, valid, strict=True)]
-        if o.mixing_index == "predicted":
-            g = [g[p.index(max(p))]] * C
+        g = [o.mixing * ramp[o.mixing_ramp] * x if v else 0.0 for x, v in zip(self.share, valid, strict=True)]
         q = [(1 - a) * x + a * v for a, x, v in zip(g, p, vote, strict=True)]
         return [x / sum(q) for x in q] if o.mixing_renormalize and any(g) else q
 
@@ -119,23 +94,21 @@ class ByHand:
         offers, kept_labels, targets = [], [], []
         for j in range(u):
             weak, tau = b + j, o.threshold
-            p = torch.softmax((z[weak] - self.log_prior(adjusting, o.head_adjustment)) / o.temperature, 0).tolist()
-            query = features[strong[j][0]] if o.prototype_query == "strong_0" else features[strong[j]].mean(0)
-            q = self.mixed(p, query, step)
+            p = torch.softmax(z[weak], 0).tolist()
+            q = self.mixed(p, features[strong[j][0]], step)
             label, confidence = q.index(max(q)), max(q)
-            keep = {"or": confidence >= tau or max(p) >= tau, "linear": max(p) >= tau, "mixed": confidence >= tau}
-            kept = keep[o.mask_source]
+            kept = max(p) >= tau or (o.mask_source == "or" and confidence >= tau)
             weight = 1 - o.hardness_scale + o.hardness_scale * entropy(q if o.entropy_source == "mixed" else p, C)
             weight = weight if active else 1.0
             learn = q if o.pseudo_label_target == "soft" and active else label
             shift = self.log_prior(adjusting, o.pseudo_label_adjustment)
-            pb = torch.softmax((z[weak] - shift) / o.temperature, 0).tolist()
-            own = torch.softmax(zt[weak] / o.temperature, 0).max().item()
-            own_adjusted = torch.softmax((zt[weak] - shift) / o.temperature, 0).max().item()
+            pb = torch.softmax(z[weak] - shift, 0).tolist()
+            own = torch.softmax(zt[weak], 0).max().item()
+            own_adjusted = torch.softmax(zt[weak] - shift, 0).max().item()
             balanced = max(pb) >= tau or own >= tau if o.balanced_mask == "or" else own_adjusted >= tau
             balanced_learn = learn if o.balanced_target == "mixed" else pb.index(max(pb))
             t = torch.softmax((features[weak] - self.center) / (o.alignment_temperature / o.alignment_sharpening), 0)
-            targets.append(t if o.center == "target_ema" else features[weak])
+            targets.append(t)
             for row in strong[j]:
                 if kept:
                     terms["unlabeled"] += weight * cross(learn, z[row]) / (views * u)
@@ -156,12 +129,9 @@ class ByHand:
         o, b, u = self.o, layout.labeled, layout.unlabeled
         now = [kept_labels.count(k) for k in range(C)]
         self.counts = [x + y for x, y in zip(self.counts, now, strict=True)]
-        if o.class_weight_update == "ema" and sum(now):
-            m = o.class_weight_momentum
-            self.share = [m * s + (1 - m) * n / sum(now) for s, n in zip(self.share, now, strict=True)]
-        elif o.class_weight_update != "ema" and (step + 1) % EPOCH == 0 and sum(self.counts):
+        if (step + 1) % EPOCH == 0 and sum(self.counts):
             self.share = [n / sum(self.counts) for n in self.counts]
-        rows = [b + j for j in range(u)] if o.bank_views == "weak" else list(range(b + u, len(features)))
+        rows = list(range(b + u, len(features)))
         for r, row in enumerate(rows):
             label, confidence, kept = offers[r % u]
             self.push(label, (confidence, step * len(rows) + r, features[row]), kept)

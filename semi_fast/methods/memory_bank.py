@@ -65,11 +65,11 @@ def filled(state: State) -> Tensor:
     return state["bank.inserted"] >= 0
 
 
-def prototypes(state: State, *, min_filled: int = 1) -> tuple[Tensor, Tensor]:
-    """(mean of each class's filled slots [C, D], zeros where there is none; bool [C]: has at least `min_filled`)."""
+def prototypes(state: State) -> tuple[Tensor, Tensor]:
+    """(mean of each class's filled slots [C, D], zeros where there is none; bool [C]: classes that have any)."""
     count = filled(state).sum(1)
     means = state["bank.sums"] / count.clamp_min(1).unsqueeze(1)
-    return means.to(state["bank.features"].dtype), count >= min_filled
+    return means.to(state["bank.features"].dtype), count > 0
 
 
 def capacity_prototypes(state: State) -> tuple[Tensor, Tensor]:

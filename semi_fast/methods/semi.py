@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from semi_fast import processes
-from semi_fast.batch import Outputs, Rows, SplitRows, split_rows
+from semi_fast.batch import Outputs, Rows, split_rows
 from semi_fast.methods import memory_bank, released_semi
 from semi_fast.methods.base import Environment, Loss, Needs, State, class_prior, fraction, log_power
 from semi_fast.ops.embedding_align import embedding_align
@@ -55,49 +55,33 @@ class SeMi:
         }
         if o.unlabeled_prior == "joint":
             return state | {"prior": prior}
-        return state | {
-            "head_adjustment": log_power(prior, o.head_adjustment).to(env.dtype),
-            "pseudo_label_adjustment": log_power(prior, o.pseudo_label_adjustment).to(env.dtype),
-        }
+        return state | {"pseudo_label_adjustment": log_power(prior, o.pseudo_label_adjustment).to(env.dtype)}
 
     def active(self, step: Tensor) -> Tensor:
         """bool scalar: the warm-up is over."""
         return step >= self.options.warmup_epochs * self.epoch_steps
 
     def mixing(self, state: State, step: Tensor) -> Tensor:
-        """gamma * w of eq. 8, [C]; 0 during the warm-up."""
+        """gamma * w of eq. 8, [C]; 0 during the warm-up. The paper leaves w open: shares, as in the released code."""
         o, share = self.options, state["label_share"]
         epoch = torch.div(step, self.epoch_steps, rounding_mode="floor").to(share.dtype)
         progress = {
             "epoch": epoch * self.epoch_steps / self.steps,
-            "step": step.to(share.dtype) / self.steps,
             "epoch_per_epoch_steps": epoch / self.epoch_steps,
         }[o.mixing_ramp]
-        if o.class_weight_norm == "max":
-            share = (share / share.max()) ** (1 / o.class_weight_temperature)  # the power of small shares may be 0
         return torch.where(self.active(step), o.mixing * progress * share, 0.0)
 
-    def adjustments(self, state: State) -> tuple[Tensor, Tensor]:
-        """Adjustments of the pseudo-labels of the standard and of the balanced head, [C] each."""
+    def pseudo_label_adjustment(self, state: State) -> Tensor:
+        """Adjustment of the balanced head's pseudo-labels, [C]."""
         if "prior" not in state:
-            return state["head_adjustment"], state["pseudo_label_adjustment"]
-        strengths = self.options.head_adjustment, self.options.pseudo_label_adjustment
-        dtype = state["center"].dtype
-        head, balanced = (log_power(state["prior"], strength).to(dtype) for strength in strengths)
-        return head, balanced
+            return state["pseudo_label_adjustment"]
+        return log_power(state["prior"], self.options.pseudo_label_adjustment).to(state["center"].dtype)
 
-    def votes(self, state: State, features: SplitRows) -> tuple[Tensor, Tensor, Tensor]:
-        """(queries [U, D], prototypes [C, D], bool [C]: classes that have one)."""
-        o, unlabeled = self.options, len(features.weak)
-        strong = features.strong.detach()
-        queries = strong[:unlabeled] if o.prototype_query == "strong_0" else by_view(strong, unlabeled).mean(0)
-        if o.prototype_mean == "capacity":
-            prototypes, valid = memory_bank.capacity_prototypes(state)
-        else:
-            prototypes, valid = memory_bank.prototypes(state, min_filled=o.prototype_min_filled)
-        if o.prototype_normalize:
-            queries, prototypes = (torch.nn.functional.normalize(x, dim=1) for x in (queries, prototypes))
-        return queries, prototypes, valid
+    def prototypes(self, state: State) -> tuple[Tensor, Tensor]:
+        """(prototypes [C, D], bool [C]: classes that have one)."""
+        if self.options.prototype_mean == "capacity":
+            return memory_bank.capacity_prototypes(state)
+        return memory_bank.prototypes(state)
 
     def loss(self, state: State, rows: Rows, outputs: Outputs, step: Tensor) -> Loss:
         o, active = self.options, self.active(step)
@@ -112,14 +96,13 @@ class SeMi:
         found = pseudo_label(
             standard.weak.detach(),
             balanced.weak.detach(),
-            *self.votes(state, features),
+            features.strong[: rows.layout.unlabeled].detach(),  # strong_0 asks, as in the released code
+            *self.prototypes(state),
             self.mixing(state, step),
-            *self.adjustments(state),
+            self.pseudo_label_adjustment(state),
             o.hardness_scale * active.to(dtype),
             threshold=o.threshold,
-            temperature=o.temperature,
             prototype_temperature=o.prototype_temperature,
-            by_predicted=o.mixing_index == "predicted",
             renormalize=o.mixing_renormalize,
             mask_source=o.mask_source,
             entropy_source=o.entropy_source,
@@ -142,17 +125,16 @@ class SeMi:
         if o.balanced_head:
             terms |= self.balanced_terms(state, rows, outputs, found, target, step)
         terms["alignment"] = o.alignment_weight * alignment  # eq. 6
-        stored = features.weak if o.bank_views == "weak" else features.strong
+        strong = features.strong.detach()
         pending = {
             "pseudo_label": found.label,  # [U]
             "mask": found.mask,  # [U]
             "confidence": found.confidence,  # [U]
-            "features": by_view(stored.detach(), rows.layout.unlabeled).transpose(0, 1),  # [U, views, D]
+            "features": strong.view(-1, *features.weak.shape).transpose(0, 1),  # [U, S, D]
         }
-        centers = {"target_ema": aligned_to, "feature_ema": features.weak.detach(), "none": None}[o.center]
         totals = {"label_counts": found.counts}
-        if centers is not None:
-            totals["center"] = centers.sum(0)
+        if o.center == "target_ema":
+            totals["center"] = aligned_to.sum(0)
         if "prior" in state:
             totals["labeled_counts"] = count(rows.labels, classes=len(found.counts))
         stats = {
@@ -216,7 +198,7 @@ class SeMi:
     def update(self, state: State, pending: State, step: Tensor) -> None:
         self.count_labels(state, pending, step)
         views = pending["features"].shape[1]
-        features = pending["features"].transpose(0, 1).flatten(0, 1)  # [views * U, D], strong_0 first
+        features = pending["features"].transpose(0, 1).flatten(0, 1)  # [S * U, D], strong_0 first
         label, confidence, mask = (pending[x].repeat(views) for x in ("pseudo_label", "confidence", "mask"))
         if self.options.bank_eviction == "official":
             released_semi.push(state, features, label, confidence, mask, step)
@@ -234,17 +216,12 @@ class SeMi:
             state["prior"].lerp_(seen / seen.sum(), 1 - self.options.prior_momentum)
 
     def count_labels(self, state: State, pending: State, step: Tensor) -> None:
-        """Renew the shares of the pseudo-labels, where there are any."""
-        o, share = self.options, state["label_share"]
+        """Renew the shares of all pseudo-labels so far, where there are any, after every epoch, as released."""
+        share = state["label_share"]
         state["label_counts"] += pending["label_counts"]
-        if o.class_weight_update == "ema":
-            counts, momentum = pending["label_counts"].to(share.dtype), o.class_weight_momentum
-            renewed = momentum * share + (1 - momentum) * counts / counts.sum().clamp_min(1)
-            renews = counts.sum() > 0
-        else:
-            counts = state["label_counts"].to(share.dtype)
-            renewed = counts / counts.sum().clamp_min(1)
-            renews = ((step + 1) % self.epoch_steps == 0) & (counts.sum() > 0)
+        counts = state["label_counts"].to(share.dtype)
+        renewed = counts / counts.sum().clamp_min(1)
+        renews = ((step + 1) % self.epoch_steps == 0) & (counts.sum() > 0)
         share.copy_(torch.where(renews, renewed, share))
 
     def decay(self, state: State, step: Tensor, *, rows: int) -> None:
@@ -263,11 +240,6 @@ class SeMi:
 
     def logits(self, state: State, outputs: Outputs) -> Tensor:
         return outputs.logits[self.predicts]
-
-
-def by_view(features: Tensor, unlabeled: int) -> Tensor:
-    """[views * U, D] as [views, U, D]."""
-    return features.view(-1, unlabeled, features.shape[1])
 
 
 def count(labels: Tensor, mask: Tensor | bool = True, *, classes: int) -> Tensor:

@@ -24,23 +24,10 @@ EFFECTS: tuple[tuple[str, Condition, str], ...] = (
     ("model.wrn_quirk", lambda c: c.model.name.startswith("wrn_"), "a model.name that begins with wrn_"),
     ("engine.autotune", lambda c: not c.engine.autotune or c.engine.level != "eager", "engine.level compile or graph"),
     (
-        "method.semi.mixing_ramp method.semi.mixing_index method.semi.mixing_renormalize "
-        "method.semi.class_weight_norm method.semi.class_weight_temperature method.semi.class_weight_update "
-        "method.semi.class_weight_momentum method.semi.class_weight_start method.semi.prototype_temperature "
-        "method.semi.prototype_normalize method.semi.prototype_query method.semi.prototype_mean "
-        "method.semi.prototype_min_filled",
+        "method.semi.mixing_ramp method.semi.mixing_renormalize method.semi.class_weight_start "
+        "method.semi.prototype_temperature method.semi.prototype_mean",
         lambda c: c.method.semi.mixing > 0,
         "method.semi.mixing above 0",
-    ),
-    (
-        "method.semi.class_weight_temperature",
-        lambda c: c.method.semi.class_weight_norm == "max",
-        "method.semi.class_weight_norm=max",
-    ),
-    (
-        "method.semi.class_weight_momentum",
-        lambda c: c.method.semi.class_weight_update == "ema",
-        "method.semi.class_weight_update=ema",
     ),
     (
         "method.semi.bank_decay_every method.semi.bank_decay_scope method.semi.bank_decay_clock",
@@ -54,11 +41,7 @@ EFFECTS: tuple[tuple[str, Condition, str], ...] = (
         lambda c: c.method.semi.alignment_weight > 0,
         "method.semi.alignment_weight above 0",
     ),
-    (
-        "method.semi.center_momentum",
-        lambda c: c.method.semi.center != "none",
-        "method.semi.center target_ema or feature_ema",
-    ),
+    ("method.semi.center_momentum", lambda c: c.method.semi.center != "none", "method.semi.center=target_ema"),
     (
         "method.semi.adjustment method.semi.pseudo_label_adjustment method.semi.balanced_target "
         "method.semi.balanced_mask method.semi.double_adjustment method.semi.warmup_balanced",

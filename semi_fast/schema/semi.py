@@ -1,4 +1,4 @@
-"""Options of SeMi: every reading of the paper and of the released code as a key, and the presets as values of them."""
+"""Options of SeMi: what a preset, a published command or a published ablation sets; the presets as values of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ class SemiConfig:
 
     threshold: float = 0.7
     """Confidence from which a pseudo-label counts (tau)."""
-    temperature: float = 1.0
-    """Of the softmax over the weak view's logits (T)."""
     pseudo_label_target: Literal["hard", "soft"] = "hard"
     """Whether the standard head learns the most probable class or the mixed distribution (q')."""
-    mask_source: Literal["or", "linear", "mixed"] = "or"
-    """Which confidence must reach the threshold: of the head (linear), after mixing (mixed), or either."""
-    head_adjustment: float = 0.0
-    """Factor on the log prior taken off the standard head's logits for its own pseudo-labels (pula: 2)."""
+    mask_source: Literal["or", "linear"] = "or"
+    """Which confidence must reach the threshold: of the head (linear), or this or that after mixing."""
     strong_views: int = 2
     """Strong views per unlabeled image; the paper's equations write 1, the code has 2."""
 
@@ -33,33 +29,17 @@ class SemiConfig:
 
     mixing: float = 0.4
     """Weight of the prototypes' vote at the end of training (alpha). 0 turns label mixing off."""
-    mixing_ramp: Literal["epoch", "step", "epoch_per_epoch_steps"] = "epoch"
-    """How the weight rises: alpha * epoch / epochs, alpha * step / steps, or alpha * epoch / method.epoch_steps."""
-    mixing_index: Literal["column", "predicted"] = "column"
-    """Class weights scale the vote class by class, or row by row with the weight of the predicted class."""
+    mixing_ramp: Literal["epoch", "epoch_per_epoch_steps"] = "epoch"
+    """How the weight rises: alpha * epoch / epochs, or alpha * epoch / method.epoch_steps."""
     mixing_renormalize: bool = True
     """Whether the rows of the mixed distribution are made to sum to 1."""
-    class_weight_norm: Literal["sum", "max"] = "sum"
-    """Class weights (w_k) are the shares of the pseudo-labels, or these relative to the largest."""
-    class_weight_temperature: float = 1.0
-    """With norm max: w = share ** (1 / temperature) / its maximum."""
-    class_weight_update: Literal["epoch_cumulative", "ema"] = "epoch_cumulative"
-    """Shares are those of all steps, renewed after every epoch, or a moving average renewed in every step."""
-    class_weight_momentum: float = 0.999
-    """Of that moving average."""
     class_weight_start: Literal["uniform", "one"] = "uniform"
     """Shares before the first renewal: 1 / C, or 1."""
 
     prototype_temperature: float = 0.1
     """Of the softmax over distances to prototypes (T_p)."""
-    prototype_normalize: bool = False
-    """Whether queries and prototypes are scaled to length 1 before the distance."""
-    prototype_query: Literal["strong_0", "mean"] = "strong_0"
-    """Which features ask: those of strong_0, or the mean over the strong views."""
     prototype_mean: Literal["filled", "capacity"] = "filled"
     """A class's sum is divided by its filled slots, or by all slots with no class left out."""
-    prototype_min_filled: int = 1
-    """Filled slots from which a class has a prototype."""
 
     bank_slots: int = 128
     """Slots per class of the memory bank (M)."""
@@ -73,8 +53,6 @@ class SemiConfig:
     """What decays: every slot, or those not filled since the last decay."""
     bank_decay_clock: Literal["global", "epoch"] = "global"
     """Steps are counted over the run, or anew in every epoch."""
-    bank_views: Literal["strong", "weak"] = "strong"
-    """Whose features are stored."""
     bank_sampling: int = 0
     """Stored features that top up the balanced head's batch in each step (num_samples); 0 for none."""
 
@@ -84,8 +62,8 @@ class SemiConfig:
     """Temperature of the strong views' features (T_e)."""
     alignment_sharpening: float = 5.0
     """The weak view's temperature is T_e divided by this."""
-    center: Literal["target_ema", "feature_ema", "none"] = "target_ema"
-    """What is taken off the weak features (q-bar): a moving average of targets, of features, or nothing."""
+    center: Literal["target_ema", "none"] = "target_ema"
+    """What is taken off the weak features (q-bar): a moving average of targets, or nothing."""
     center_momentum: float = 0.9
     """Of that moving average."""
 
@@ -151,16 +129,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The snapshot's own defaults (0.95 and 0, which turns mixing off) and its README (0.7 and 0.4) differ.
 REQUIRED = {"official": ("threshold", "mixing")}
 
+# What no preset, published command or ablation sets. Source: the released code; the paper is silent on all of them.
+CONSTANTS = {
+    "temperature": "1",
+    "head_adjustment": "0",
+    "mixing_index": "column",
+    "class_weight_norm": "sum",
+    "class_weight_temperature": "without effect",
+    "class_weight_update": "epoch_cumulative",
+    "class_weight_momentum": "without effect",
+    "prototype_normalize": "false",
+    "prototype_query": "strong_0",
+    "prototype_min_filled": "1",
+    "bank_views": "strong",
+}
+REMOVED = {
+    f"method.semi.{key}": f"is an option no more, it is always {value}: drop it" for key, value in CONSTANTS.items()
+}
+"""Key of an earlier version -> what became of it."""
+
 
 def rules(semi: SemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: int) -> list[tuple[bool, str]]:
     """(holds, message) of what must hold between the options in a run of SeMi, each within its range."""
     scrambled = semi.feature_order == "official"
     highest = semi.mixing * ((steps - 1) // epoch_steps) / epoch_steps
     return [
-        (
-            1 <= semi.prototype_min_filled <= semi.bank_slots,
-            f"method.semi.prototype_min_filled must lie in [1, {semi.bank_slots}]; got {semi.prototype_min_filled}",
-        ),
         (
             semi.warmup_epochs * epoch_steps < steps,
             "method.semi.warmup_epochs * method.epoch_steps must be below optim.steps; got "
@@ -181,7 +174,7 @@ def rules(semi: SemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: in
             f"released code does; got {unlabeled_ratio} and {semi.strong_views}",
         ),
         (
-            semi.bank_eviction != "official" or (semi.bank_views == "strong" and not semi.bank_sampling),
-            "method.semi.bank_eviction official goes with bank_views strong and bank_sampling 0",
+            semi.bank_eviction != "official" or not semi.bank_sampling,
+            "method.semi.bank_eviction official goes with bank_sampling 0",
         ),
     ]

@@ -50,8 +50,7 @@ METHODS = {
         "--method.semi.bank_decay_every=3", "--method.semi.warmup_epochs=1", "--method.semi.alignment_temperature=0.1",
     ],
     "semi, sampling and moving averages": [
-        "--method.semi.bank_sampling=4", "--method.semi.class_weight_update=ema", "--method.semi.center=feature_ema",
-        "--method.semi.unlabeled_prior=joint", "--method.semi.bank_eviction=oldest",
+        "--method.semi.bank_sampling=4", "--method.semi.unlabeled_prior=joint", "--method.semi.bank_eviction=oldest",
     ],
     "fixmatch+la": ["--method.name=fixmatch", "--method.plugins=[la]"],
     "supervised+la": ["--method.name=supervised", "--method.plugins=[la]"],
