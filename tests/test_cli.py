@@ -90,7 +90,10 @@ BAD_FLAGS = {
     "option of another method": ("--method.fixmatch.threshold=0.9", "effect with method.name=fixmatch", "leave --me"),
     "option of no plug-in": ("--method.la.strength=2", "has an effect with method.plugins=[la]"),
     "option of before": ("--method.semi.bank-views=weak", "semi.bank_views is an option no more, it is always strong"),
-    "option that is off": ("--method.semi.mixing=0 --method.semi.prototype_mean=filled", "method.semi.mixing above 0"),
+    "option that is off": (
+        "--method.semi.mixing=0 --method.semi.prototype_temperature=1",
+        "method.semi.mixing above 0",
+    ),
     "ramp of nothing": ("--ema.decay=0 --ema.ramp=true", "ema.ramp has an effect with ema.decay above 0 alone"),
     "warm-up of nothing": (
         "--method.name=semi --method.semi.warmup_epochs=0 --method.semi.warmup_balanced=false",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from semi_fast import processes
 from semi_fast.batch import Outputs, Rows, split_rows
-from semi_fast.methods import memory_bank, released_semi
+from semi_fast.methods import memory_bank
 from semi_fast.methods.base import Environment, Loss, Needs, State, class_prior, fraction, log_power
 from semi_fast.ops.embedding_align import embedding_align
 from semi_fast.ops.masked_cross_entropy import masked_cross_entropy
@@ -27,30 +27,19 @@ class SeMi:
         self.options, self.seed = options, seed
         self.steps, self.epoch_steps = steps, epoch_steps  # of the whole run; of an "epoch" of the schedules
         heads = ("head", "balanced_head") if options.balanced_head else ("head",)
-        scrambled = options.feature_order == "official"
-        self.needs = Needs(strong_views=options.strong_views, unlabeled=True, heads=heads, single_process=scrambled)
+        self.needs = Needs(strong_views=options.strong_views, unlabeled=True, heads=heads)
         self.predicts = heads[-1]
 
     def init(self, env: Environment) -> State:
         o, classes = self.options, env.classes
-        if o.feature_order == "official" and env.features != 128:
-            raise ValueError(
-                "method.semi.feature_order official needs a network of 128 features, as the released code does; "
-                f"model.name gives {env.features}"
-            )
-        counts = env.first_visit_counts if o.prior_counts == "drop_last" else env.labeled_counts
-        if min(counts) == 0:
-            raise ValueError(
-                "method.semi.prior_counts drop_last leaves a class without images, where the released code stops; "
-                f"got {list(counts)}: use exact, or another seed"
-            )
-        prior = class_prior(counts, env.device)  # [C]
+        prior = class_prior(env.labeled_counts, env.device)  # [C]
         bank = memory_bank.empty(classes, o.bank_slots, env.features, device=env.device, dtype=env.dtype)
-        start = 1.0 if o.class_weight_start == "one" else 1 / classes
         state = bank | {
-            "adjustment": log_power(prior, o.adjustment).to(torch.float64 if o.double_adjustment else env.dtype),
+            "adjustment": log_power(prior, o.adjustment).to(env.dtype),
             "label_counts": torch.zeros(classes, dtype=torch.int64, device=env.device),  # [C], since step 0
-            "label_share": torch.full((classes,), start, dtype=env.dtype, device=env.device),  # m-tilde of eq. 8, [C]
+            "label_share": torch.full(
+                (classes,), 1 / classes, dtype=env.dtype, device=env.device
+            ),  # m-tilde of eq. 8, [C]
             "center": torch.zeros(env.features, dtype=env.dtype, device=env.device),  # q-bar of eq. 6, [D]
         }
         if o.unlabeled_prior == "joint":
@@ -65,11 +54,7 @@ class SeMi:
         """gamma * w of eq. 8, [C]; 0 during the warm-up. The paper leaves w open: shares, as in the released code."""
         o, share = self.options, state["label_share"]
         epoch = torch.div(step, self.epoch_steps, rounding_mode="floor").to(share.dtype)
-        progress = {
-            "epoch": epoch * self.epoch_steps / self.steps,
-            "epoch_per_epoch_steps": epoch / self.epoch_steps,
-        }[o.mixing_ramp]
-        return torch.where(self.active(step), o.mixing * progress * share, 0.0)
+        return torch.where(self.active(step), o.mixing * (epoch * self.epoch_steps / self.steps) * share, 0.0)
 
     def pseudo_label_adjustment(self, state: State) -> Tensor:
         """Adjustment of the balanced head's pseudo-labels, [C]."""
@@ -77,27 +62,24 @@ class SeMi:
             return state["pseudo_label_adjustment"]
         return log_power(state["prior"], self.options.pseudo_label_adjustment).to(state["center"].dtype)
 
-    def prototypes(self, state: State) -> tuple[Tensor, Tensor]:
-        """(prototypes [C, D], bool [C]: classes that have one)."""
-        if self.options.prototype_mean == "capacity":
-            return memory_bank.capacity_prototypes(state)
-        return memory_bank.prototypes(state)
-
     def loss(self, state: State, rows: Rows, outputs: Outputs, step: Tensor) -> Loss:
+        return self.loss_of(state, rows, outputs, step, memory_bank.prototypes(state))
+
+    def loss_of(
+        self, state: State, rows: Rows, outputs: Outputs, step: Tensor, prototypes: tuple[Tensor, Tensor]
+    ) -> Loss:
+        """The loss with these prototypes [C, D], and bool [C]: classes that have one."""
         o, active = self.options, self.active(step)
         standard = split_rows(outputs.logits["head"], rows.layout)
         balanced = split_rows(outputs.logits[self.predicts], rows.layout)
-        all_features = outputs.features
-        if o.feature_order == "official":
-            all_features = released_semi.scrambled(all_features, rows.layout)
-        features = split_rows(all_features, rows.layout)
+        features = split_rows(outputs.features, rows.layout)
         dtype = standard.strong.dtype
 
         found = pseudo_label(
             standard.weak.detach(),
             balanced.weak.detach(),
             features.strong[: rows.layout.unlabeled].detach(),  # strong_0 asks, as in the released code
-            *self.prototypes(state),
+            *prototypes,
             self.mixing(state, step),
             self.pseudo_label_adjustment(state),
             o.hardness_scale * active.to(dtype),
@@ -160,10 +142,8 @@ class SeMi:
         if o.balanced_target == "adjusted":
             target = found.adjusted_label
         mask = found.adjusted_mask.to(logits.strong.dtype)
-        labeled = logits.labeled.double() if o.double_adjustment else logits.labeled
-        supervised = masked_cross_entropy(labeled, rows.labels, offset=state["adjustment"])
         terms = {
-            "balanced_supervised": supervised.float() if o.double_adjustment else supervised,
+            "balanced_supervised": masked_cross_entropy(logits.labeled, rows.labels, offset=state["adjustment"]),
             "balanced_unlabeled": masked_cross_entropy(logits.strong, target, mask),
         }
         if o.bank_sampling:
@@ -196,24 +176,16 @@ class SeMi:
         return masked_cross_entropy(logits, torch.div(place, slots, rounding_mode="floor"), coefficient)
 
     def update(self, state: State, pending: State, step: Tensor) -> None:
+        o = self.options
         self.count_labels(state, pending, step)
-        views = pending["features"].shape[1]
-        features = pending["features"].transpose(0, 1).flatten(0, 1)  # [S * U, D], strong_0 first
-        label, confidence, mask = (pending[x].repeat(views) for x in ("pseudo_label", "confidence", "mask"))
-        if self.options.bank_eviction == "official":
-            released_semi.push(state, features, label, confidence, mask, step)
-        else:
-            oldest_leaves = self.options.bank_eviction == "oldest"
-            memory_bank.push(state, features, label, confidence, mask, step, oldest_leaves=oldest_leaves)
-        self.decay(state, step, rows=len(features))
-
+        memory_bank.push(state, *offered(pending), step, oldest_leaves=o.bank_eviction == "oldest")
+        beta = state["bank.confidences"].new_full((), o.bank_decay)
+        memory_bank.decay(state, torch.where((step + 1) % o.bank_decay_every == 0, beta, 1.0))
         if "center" in pending:
-            momentum = self.options.center_momentum
-            center = momentum * state["center"] + (1 - momentum) * pending["center"] / len(pending["mask"])
-            state["center"].copy_(torch.where(self.active(step), center, state["center"]))
+            self.move_center(state, pending, step)
         if "prior" in state:
             seen = (pending["labeled_counts"] + pending["label_counts"]).double()
-            state["prior"].lerp_(seen / seen.sum(), 1 - self.options.prior_momentum)
+            state["prior"].lerp_(seen / seen.sum(), 1 - o.prior_momentum)
 
     def count_labels(self, state: State, pending: State, step: Tensor) -> None:
         """Renew the shares of all pseudo-labels so far, where there are any, after every epoch, as released."""
@@ -224,22 +196,22 @@ class SeMi:
         renews = ((step + 1) % self.epoch_steps == 0) & (counts.sum() > 0)
         share.copy_(torch.where(renews, renewed, share))
 
-    def decay(self, state: State, step: Tensor, *, rows: int) -> None:
-        """The bank's decay (eq. 7) in every n-th step, of the run or of an epoch."""
-        o, every = self.options, self.options.bank_decay_every
-        since = torch.full_like(step, every)  # steps since the last decay
-        clock = step + 1
-        if o.bank_decay_clock == "epoch":
-            clock = step % self.epoch_steps + 1
-            since += torch.where(clock == every, self.epoch_steps % every, 0)
-        beta = state["bank.confidences"].new_full((), o.bank_decay)
-        factor = torch.where(clock % every == 0, beta, 1.0)
-        memory_bank.decay(state, factor, (step + 1 - since) * rows if o.bank_decay_scope == "stale" else None)
-        if o.bank_eviction == "official":
-            released_semi.sort_by_confidence(state)
+    def move_center(self, state: State, pending: State, step: Tensor) -> None:
+        """Towards the mean of this step's targets, once the warm-up is over."""
+        momentum = self.options.center_momentum
+        center = momentum * state["center"] + (1 - momentum) * pending["center"] / len(pending["mask"])
+        state["center"].copy_(torch.where(self.active(step), center, state["center"]))
 
     def logits(self, state: State, outputs: Outputs) -> Tensor:
         return outputs.logits[self.predicts]
+
+
+def offered(pending: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the bank is offered, [S * U, D] and [S * U] each, strong_0 first: features, labels, confidences, mask."""
+    views = pending["features"].shape[1]
+    features = pending["features"].transpose(0, 1).flatten(0, 1)
+    label, confidence, mask = (pending[name].repeat(views) for name in ("pseudo_label", "confidence", "mask"))
+    return features, label, confidence, mask
 
 
 def count(labels: Tensor, mask: Tensor | bool = True, *, classes: int) -> Tensor:

@@ -95,6 +95,14 @@ RANGES = {
     "method.semi.pseudo_label_adjustment": WEIGHT,
     "method.semi.prior_momentum": MOMENTUM,
     "method.semi.warmup_epochs": COUNT,
+    "method.released_semi.threshold": POSITIVE_SHARE,
+    "method.released_semi.mixing": SHARE,
+    "method.released_semi.hardness_scale": SHARE,
+    "method.released_semi.bank_slots": ROWS,
+    "method.released_semi.bank_decay_every": STEPS,
+    "method.released_semi.alignment_weight": WEIGHT,
+    "method.released_semi.alignment_temperature": TEMPERATURE,
+    "method.released_semi.warmup_epochs": COUNT,
 }
 
 
