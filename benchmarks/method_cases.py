@@ -120,13 +120,11 @@ def pseudo_label_case(classes: int, device: torch.device) -> Case:
     valid = torch.ones(classes, dtype=torch.bool, device=device)
     mixing = torch.full((classes,), 0.4 / classes, device=device)
     adjustment = 2 * torch.log_softmax(normal(classes), 0)
-    none, hardness_scale = torch.zeros_like(adjustment), torch.tensor(0.75, device=device)
-    inputs = logits, balanced_logits, queries, prototypes, valid, mixing, none, adjustment, hardness_scale
+    hardness_scale = torch.tensor(0.75, device=device)
+    inputs = logits, balanced_logits, queries, prototypes, valid, mixing, adjustment, hardness_scale
     options = {
         "threshold": 0.7,
-        "temperature": 1.0,
         "prototype_temperature": 0.1,
-        "by_predicted": False,
         "renormalize": True,
         "mask_source": "or",
         "entropy_source": "mixed",

@@ -295,8 +295,6 @@ def divided(config: Config, split: Split, needs: Any, accelerator: Accelerator) 
     if needs.unlabeled and not len(split.unlabeled):
         raise ValueError(f"method.name {config.method.name} needs unlabeled images; the split has none: check split.*")
     processes = accelerator.num_processes
-    if needs.single_process and processes > 1:
-        raise ValueError(f"this method as configured runs in one process, as its released code does; got {processes}")
     batches = Batches(
         split.labeled,
         split.unlabeled,

@@ -80,7 +80,7 @@ BAD_FLAGS = {
     "section for a key": ("--optim=3", "optim is a section", "optim.steps"),
     "number for an optional one": ("--eval.batch=x", "eval.batch must be of type int, or null;", "got x"),
     "base of 60": ("--optim.steps=1:30", "optim.steps must be a decimal number", "got 1:30"),
-    "no float32": ("--method.semi.temperature=1e-39", "method.semi.temperature must lie in [1e-06", "got 1e-39"),
+    "no float32": ("--method.semi.prototype_temperature=1e-39", "temperature must lie in [1e-06", "got 1e-39"),
     "one in float32": ("--ema.decay=0.999999999999", "ema.decay must lie in [0, 1)", "got 0.999999999999"),
     "more than memory": (f"--batch.labeled={2**63}", "batch.labeled must lie in [1, 1048576]", f"got {2**63}"),
     "batch beyond memory": ("--batch.labeled=1000000 --batch.unlabeled_ratio=9", "4194304 images", "got 10000000"),
@@ -88,7 +88,11 @@ BAD_FLAGS = {
     "no threads": ("--data.threads=-3", "data.threads must lie in [1, 1024]", "got -3"),
     "option of another method": ("--method.fixmatch.threshold=0.9", "effect with method.name=fixmatch", "leave --me"),
     "option of no plug-in": ("--method.la.strength=2", "has an effect with method.plugins=[la]"),
-    "option that is off": ("--method.semi.mixing=0 --method.semi.prototype_mean=filled", "method.semi.mixing above 0"),
+    "option of before": ("--method.semi.bank-views=weak", "semi.bank_views is an option no more, it is always strong"),
+    "option that is off": (
+        "--method.semi.mixing=0 --method.semi.prototype_temperature=1",
+        "method.semi.mixing above 0",
+    ),
     "ramp of nothing": ("--ema.decay=0 --ema.ramp=true", "ema.ramp has an effect with ema.decay above 0 alone"),
     "warm-up of nothing": (
         "--method.name=semi --method.semi.warmup_epochs=0 --method.semi.warmup_balanced=false",

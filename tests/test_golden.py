@@ -75,7 +75,7 @@ def mixed(valid: Tensor) -> Tensor:
         order = [k, (k + 1) % 3, (k + 2) % 3]
         z = logits[:, order]
         result = pseudo_label(
-            z, z, QUERY, PROTOTYPES[order], valid[order], weights[order], *torch.zeros(2, 3, dtype=D),
+            z, z, QUERY, PROTOTYPES[order], valid[order], weights[order], torch.zeros(3, dtype=D),
             tensor(0.75, dtype=D), threshold=0.99, prototype_temperature=0.5,
         )  # fmt: skip
         found.append(result)
@@ -97,7 +97,7 @@ def test_mixing_leaves_an_invalid_class_its_own_probability() -> None:
 def test_without_a_valid_class_nothing_is_mixed_bit_for_bit() -> None:
     logits = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     result = pseudo_label(
-        logits, logits, torch.zeros(50, 2), PROTOTYPES.float(), ~ALL, torch.full((3,), 0.4), *torch.zeros(2, 3),
+        logits, logits, torch.zeros(50, 2), PROTOTYPES.float(), ~ALL, torch.full((3,), 0.4), torch.zeros(3),
         tensor(0.0), threshold=0.7, prototype_temperature=0.5,
     )  # fmt: skip
     assert torch.equal(result.confidence, torch.softmax(logits, 1).amax(1))

@@ -67,22 +67,18 @@ def align(
 def label(
     implementation: str, logits: Tensor, queries: Tensor, prototypes: Tensor, valid: Tensor, temperature: float = 1.0
 ) -> PseudoLabels:
-    """Both heads give `logits`; the prototypes' vote weighs 0.2, their temperature is that of the logits."""
+    """Both heads give `logits`; the prototypes' vote weighs 0.2, and has the temperature."""
     classes, exact = logits.shape[1], torch.float64 if logits.dtype == torch.float64 else torch.float32
     mixing, none = (torch.full((classes,), x, dtype=exact, device=logits.device) for x in (0.2, 0.0))
     scale = torch.tensor(0.75, dtype=exact, device=logits.device)
-    inputs = logits, logits, queries, prototypes, valid, mixing, none, none, scale
+    inputs = logits, logits, queries, prototypes, valid, mixing, none, scale
     if implementation == "kernel":
-        return PseudoLabels(
-            *label_kernel.pseudo_label(*inputs, 0.7, temperature, temperature, False, True, "or", "mixed", "or")
-        )
+        return PseudoLabels(*label_kernel.pseudo_label(*inputs, 0.7, temperature, True, "or", "mixed", "or"))
     return PseudoLabels(
         *label_reference.pseudo_label(
             *inputs,
             threshold=0.7,
-            temperature=temperature,
             prototype_temperature=temperature,
-            by_predicted=False,
             renormalize=True,
             mask_source="or",
             entropy_source="mixed",
@@ -180,17 +176,6 @@ def test_sharpening_keeps_what_a_power_would_lose(dtype: torch.dtype, implementa
     for teacher in (1 / 20, 1 / 40):
         _, target = align(implementation, weak, weak, torch.ones(2, device=DEVICE), 0.09, teacher)
         torch.testing.assert_close(target, torch.full_like(target, 0.02), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.05, 0.01])
-def test_class_weights_survive_a_small_temperature(temperature: float) -> None:
-    """The share of each of 127 classes to the power 1 / T is 0 in float32; relative to the largest it is 1."""
-    method = semi(class_weight_norm="max", class_weight_temperature=temperature, mixing=0.4)
-    state = method.init(Environment((5,) * 127, 3, CPU, torch.float32))
-    full = method.mixing(state, torch.tensor(16))
-    torch.testing.assert_close(full, torch.full((127,), 0.4))
-    state["label_share"][0] = 0
-    assert method.mixing(state, torch.tensor(16))[0] == 0
 
 
 # Masks, and what is not finite.
@@ -295,8 +280,8 @@ def test_a_weak_row_that_is_not_finite_is_noticed_and_not_only_rejected(name: st
 
 
 def test_an_empty_bank_and_features_of_length_zero() -> None:
-    """What normalises a vector of zeros has a gradient of 1e12; no gradient flows through the prototypes."""
-    method = semi(prototype_normalize=True, pseudo_label_target="soft")
+    """The root of a distance of 0 has an infinite gradient; none flows through the prototypes."""
+    method = semi(pseudo_label_target="soft")
     state = method.init(Environment((3, 2, 1, 1), 8, CPU, torch.float64))
     rows, outputs = batch(method)
     features = outputs.features.detach().mul(0).requires_grad_()
@@ -310,10 +295,9 @@ def test_an_empty_bank_and_features_of_length_zero() -> None:
         assert gradient(found.total, features).abs().max() < 1
 
 
-@pytest.mark.parametrize("update", ["epoch_cumulative", "ema"])
-def test_shares_without_a_pseudo_label_stay_uniform(update: str) -> None:
+def test_shares_without_a_pseudo_label_stay_uniform() -> None:
     """0 of 0 pseudo-labels is no share; one class with all of them leaves the others 0."""
-    method = semi(class_weight_update=update, class_weight_norm="max", class_weight_momentum=0.5)
+    method = semi()
     state = method.init(Environment((3, 2, 1), 2, CPU, torch.float32))
     for step in range(4):
         method.count_labels(state, {"label_counts": torch.zeros(3, dtype=torch.int64)}, torch.tensor(step))
@@ -325,7 +309,7 @@ def test_shares_without_a_pseudo_label_stay_uniform(update: str) -> None:
 
 def test_a_running_prior_that_loses_a_class_stays_finite() -> None:
     """With momentum 0 a class that a batch lacks has prior 0."""
-    method = semi(unlabeled_prior="joint", prior_momentum=0.0, head_adjustment=2.0)
+    method = semi(unlabeled_prior="joint", prior_momentum=0.0)
     state = method.init(Environment((3, 2, 1, 1), 8, CPU, torch.float64))
     rows, outputs = batch(method)
     rows = rows._replace(labels=torch.zeros_like(rows.labels))
@@ -335,8 +319,8 @@ def test_a_running_prior_that_loses_a_class_stays_finite() -> None:
         found.totals["label_counts"].zero_()
         method.update(state, found.pending | found.totals, torch.tensor(step))
         assert state["prior"].tolist() == [1, 0, 0, 0]
-    for adjustment in method.adjustments(state):
-        assert adjustment.tolist() == pytest.approx([0] + 3 * [math.log(1e-12)], abs=1e-9)
+    adjustment = method.pseudo_label_adjustment(state).tolist()
+    assert adjustment == pytest.approx([0] + 3 * [math.log(1e-12)], abs=1e-9)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -236,7 +236,7 @@ def test_two_processes_with_a_container_each_equal_one_in_memory(one: Run, tmp_p
 
 def test_the_switches_that_speak_across_processes_too(digits: Path, tmp_path: Path) -> None:
     """Totals over the batch, the running prior, and features drawn from the bank."""
-    chosen = "unlabeled_prior=joint bank_sampling=6 center=feature_ema class_weight_update=ema prior_momentum=0.9"
+    chosen = "unlabeled_prior=joint bank_sampling=6 prior_momentum=0.9"
     switches = [f"--method.semi.{switch}" for switch in chosen.split()]
     one, two = (run(count, digits, tmp_path / str(count), *switches) for count in (1, 2))
     assert_equal(one, two)

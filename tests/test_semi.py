@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.reference import semi_step
+from semi_fast import processes
 from semi_fast.batch import Outputs, RowLayout, Rows
 from semi_fast.methods import Environment, make_method, memory_bank, released_semi
+from semi_fast.methods.released_semi import ReleasedSeMi
 from semi_fast.methods.semi import SeMi
 from semi_fast.ops.pseudo_label.reference import mix, prototype_probs
 from semi_fast.schema.arguments import parse_config
 from semi_fast.schema.config import check
 from semi_fast.schema.method import MethodConfig
-from semi_fast.schema.semi import PRESETS, REQUIRED, SemiConfig
+from semi_fast.schema.semi import PRESETS, ReleasedSemiConfig, SemiConfig
 
 from .tiny import config
 
@@ -43,7 +45,7 @@ def method_of(options: SemiConfig, *, steps: int = 16, seed: int = 0) -> SeMi:
     return method
 
 
-def batch(method: SeMi, seed: int) -> tuple[Rows, Outputs]:
+def batch(method: SeMi | ReleasedSeMi, seed: int) -> tuple[Rows, Outputs]:
     """Random outputs of a network whose features lie near a centre per class, so that prototypes vote."""
     generator = torch.Generator().manual_seed(seed)
     layout = RowLayout(B, B, method.needs.strong_views)
@@ -84,24 +86,16 @@ def trajectory(options: SemiConfig, steps: int = 13) -> tuple[list[float], dict[
 
 
 DIFFERENT: dict[str, Any] = {
-    "threshold": 0.9, "temperature": 2.0, "pseudo_label_target": "soft", "head_adjustment": 2.0, "strong_views": 1,
-    "hardness_scale": 0.0, "entropy_source": "linear", "mixing": 0.2, "mixing_renormalize": False,
-    "class_weight_temperature": 2.0, "class_weight_momentum": 0.5, "prototype_temperature": 1.0,
-    "prototype_normalize": True, "prototype_min_filled": 3, "bank_slots": 3, "bank_decay": 0.1, "bank_decay_every": 5,
-    "bank_sampling": 8, "alignment_weight": 0.0, "alignment_temperature": 0.3, "alignment_sharpening": 2.0,
-    "center_momentum": 0.1, "balanced_head": False, "adjustment": 1.0, "pseudo_label_adjustment": 1.0,
-    "prior_momentum": 0.5, "warmup_epochs": 2, "double_adjustment": True, "warmup_balanced": False,
+    "threshold": 0.9, "pseudo_label_target": "soft", "strong_views": 1, "hardness_scale": 0.0,
+    "entropy_source": "linear", "mixing": 0.2, "mixing_renormalize": False, "prototype_temperature": 1.0,
+    "bank_slots": 3, "bank_decay": 0.1, "bank_decay_every": 5, "bank_sampling": 8, "alignment_weight": 0.0,
+    "alignment_temperature": 0.3, "alignment_sharpening": 2.0, "center_momentum": 0.1, "balanced_head": False,
+    "adjustment": 1.0, "pseudo_label_adjustment": 1.0, "prior_momentum": 0.5, "warmup_epochs": 2,
+    "warmup_balanced": False,
 }  # fmt: skip
 NEEDED: dict[str, dict[str, Any]] = {  # what another key must be for the switch to show
-    "class_weight_temperature": {"class_weight_norm": "max"},
-    "mask_source": {"class_weight_norm": "max", "mixing_ramp": "step", "prototype_temperature": 0.5},
-    "class_weight_momentum": {"class_weight_update": "ema"},
+    "mask_source": {"threshold": 0.4, "prototype_temperature": 0.2},
     "prior_momentum": {"unlabeled_prior": "joint"},
-    "class_weight_start": {"mixing_ramp": "step", "warmup_epochs": 0},
-    "prototype_mean": {"bank_slots": 30},
-    "prototype_min_filled": {"threshold": 0.9},
-    "bank_decay_clock": {"bank_decay": 0.5},
-    "bank_decay_scope": {"bank_decay": 0.5},
 }
 
 
@@ -119,58 +113,55 @@ def alternatives() -> list[tuple[str, Any]]:
 @pytest.mark.parametrize(("key", "value"), alternatives())
 def test_every_switch_changes_the_run_and_keeps_it_finite(key: str, value: Any) -> None:
     base = replace(TINY, **NEEDED.get(key, {}))
-    losses, state, _ = trajectory(base)
-    other_losses, other_state, _ = trajectory(replace(base, **{key: value}))
+    losses, other_losses = (trajectory(options)[0] for options in (base, replace(base, **{key: value})))
     assert all(torch.tensor(other_losses).isfinite())
-    if key == "class_weight_start":  # 1 for every class mixes more than 1 / C
-        assert losses != other_losses
-        return
-    same_state = state.keys() == other_state.keys() and all(torch.equal(state[k], other_state[k]) for k in state)
-    assert losses != other_losses or (key == "bank_views" and not same_state)
+    assert losses != other_losses
 
 
 def test_presets_are_keys_and_explicit_keys_win() -> None:
     assert PRESETS["default"] == {}
-    for name in ("paper", "official"):
-        assert SemiConfig(**PRESETS[name]), "every key exists"
+    assert SemiConfig(**PRESETS["paper"]), "every key exists"
     paper = parse_config(["--method.semi.preset=paper", "--method.semi.alignment_weight=0.3"]).method.semi
     assert (paper.mask_source, paper.alignment_weight, paper.strong_views) == ("linear", 0.3, 1)
-    with pytest.raises(ValueError, match=r"method\.semi\.threshold must be given with preset official"):
-        parse_config(["--method.semi.preset=official", "--method.semi.mixing=0.4"])
 
 
 def test_a_preset_as_a_flag_does_not_quietly_lose_to_a_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("method:\n  semi:\n    warmup_epochs: 2\n    mixing: 0.4\n    threshold: 0.7\n")
-    flags = [f"--config={file}", "--method.semi.preset=official"]
-    with pytest.raises(ValueError, match=r"preset=official has warmup_epochs 6, but the file sets 2: give"):
+    file.write_text("method:\n  semi:\n    strong_views: 2\n    mixing: 0.4\n")
+    flags = [f"--config={file}", "--method.semi.preset=paper"]
+    with pytest.raises(ValueError, match=r"preset=paper has strong_views 1, but the file sets 2: give"):
         parse_config(flags)
-    for epochs in (2, 6):
-        assert parse_config([*flags, f"--method.semi.warmup_epochs={epochs}"]).method.semi.warmup_epochs == epochs
+    for views in (1, 2):
+        assert parse_config([*flags, f"--method.semi.strong_views={views}"]).method.semi.strong_views == views
 
 
 def test_a_preset_in_a_file_gives_way_to_keys_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    keys = ("preset: official", "threshold: 0.7", "mixing: 0.4", "bank_decay_every: 7")
-    file.write_text("method:\n  semi:\n    " + "\n    ".join(keys) + "\n")
+    file.write_text("method:\n  semi:\n    preset: paper\n    alignment_weight: 0.7\n")
     semi = parse_config([f"--config={file}"]).method.semi
-    assert (semi.bank_eviction, semi.bank_decay_every, semi.bank_decay_scope) == ("official", 7, "stale")
+    assert (semi.balanced_mask, semi.alignment_weight, semi.center) == ("own_adjusted", 0.7, "none")
 
 
-OFFICIAL = ("--method.semi.preset=official", "--method.semi.threshold=0.7", "--method.semi.mixing=0.4")
+@pytest.mark.parametrize("key", ["preset", "bank_eviction", "feature_order"])
+def test_what_was_official_names_the_method_that_it_is_now(key: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"method:\n  semi:\n    {key}: official\n")
+    for argument in (f"--method.semi.{key}=official", f"--config={tmp_path}/c.yaml"):
+        with pytest.raises(ValueError, match=rf"{key} .*--method\.name=released_semi.*--method\.released_semi\.thres"):
+            parse_config([argument])
+
+
+RELEASED = "--method.name=released_semi"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((*OFFICIAL, "--batch.unlabeled_ratio=2"), r"needs batch\.unlabeled_ratio 1 and method\.semi\.strong_views 2"),
-        ((*OFFICIAL, "--method.semi.strong_views=1"), r"needs batch\.unlabeled_ratio 1"),
-        ((*OFFICIAL, "--method.semi.bank_views=weak"), "bank_eviction official goes with bank_views strong"),
+        ((RELEASED, "--batch.unlabeled_ratio=2"), r"released_semi needs batch\.unlabeled_ratio 1, .*; got 2"),
+        ((RELEASED, "--method.released_semi.warmup_epochs=500"), r"warmup_epochs \* .* must be below optim\.steps"),
         (("--method.semi.balanced_head=false", "--method.semi.bank_sampling=4"), "tops up the balanced head's batch"),
-        (("--method.semi.prototype_min_filled=200",), r"prototype_min_filled must lie in \[1, 128\]; got 200"),
         (("--method.semi.center_momentum=1",), r"center_momentum must lie in \[0, 1\); got 1"),
-        ((*OFFICIAL, "--method.epoch_steps=200"), r"must not raise mixing above 1.*; got 2\.498 at the end"),
-        (("--method.semi.temperature=0",), r"method\.semi\.temperature must lie in \[1e-06, 1e\+06\]; got 0"),
+        ((RELEASED, "--method.epoch_steps=200"), r"must not raise mixing above 1.*; got 2\.498 at the end"),
+        (("--method.semi.prototype_temperature=0",), r"prototype_temperature must lie in \[1e-06, 1e\+06\]; got 0"),
         (("--method.semi.warmup_epochs=500",), r"warmup_epochs \* method\.epoch_steps must be below optim\.steps"),
     ],
 )
@@ -179,38 +170,31 @@ def test_what_cannot_run_is_refused(flags: tuple[str, ...], message: str) -> Non
         check(parse_config(["--data.path=x", *flags]))
 
 
-def test_official_refuses_another_width_and_a_class_that_its_pass_misses() -> None:
-    official = replace(SemiConfig(), **PRESETS["official"])
+def test_the_released_code_refuses_what_it_could_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = ReleasedSeMi(ReleasedSemiConfig(), epoch_steps=3)
     with pytest.raises(ValueError, match="needs a network of 128 features"):
-        method_of(official, steps=100).init(Environment(COUNTS, 64, CPU, torch.float32, FIRST_VISIT))
-    with pytest.raises(ValueError, match="drop_last leaves a class without images"):
-        method_of(official, steps=100).init(Environment(COUNTS, 128, CPU, torch.float32, (64, 0, 0, 0)))
+        method.init(Environment(COUNTS, 64, CPU, torch.float32, FIRST_VISIT))
+    with pytest.raises(ValueError, match="counts no image of a class"):
+        method.init(Environment(COUNTS, 128, CPU, torch.float32, (64, 0, 0, 0)))
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match="runs in one process"):
+        method.init(environment())
 
 
-# Golden value 12 of the specification: mixing by the weight of the predicted class, weights relative to the largest.
-
-
-def test_mixing_by_the_predicted_class_golden() -> None:
+def test_mixing_without_normalising_golden() -> None:
+    """Golden value 4 of the specification."""
     queries, prototypes = (torch.tensor(x, dtype=torch.float64) for x in ([[0.5, 0.5]], [[0, 0], [1, 0], [0, 2.0]]))
     vote = prototype_probs(queries, prototypes, torch.ones(3, dtype=torch.bool), 0.5)
     probs, share = (torch.tensor(x, dtype=torch.float64) for x in ([[0.6, 0.3, 0.1]], [0.5, 0.3, 0.2]))
-    found = mix(probs, vote, 0.2 * share / share.max(), by_predicted=True, renormalize=True)
-    expected = torch.tensor([[0.57199164, 0.33199164, 0.09601673]], dtype=torch.float64)
-    torch.testing.assert_close(found, expected, atol=5e-9, rtol=0)
-    column = mix(probs, vote, 0.2 * share, by_predicted=False, renormalize=False)
     expected = torch.tensor([[0.58599582, 0.30959749, 0.09920335]], dtype=torch.float64)
-    torch.testing.assert_close(column, expected, atol=5e-9, rtol=0)
+    torch.testing.assert_close(mix(probs, vote, 0.2 * share, renormalize=False), expected, atol=5e-9, rtol=0)
 
 
-def test_mixing_rises_as_the_ramp_says() -> None:
-    def weights(**options: Any) -> list[float]:
-        method = method_of(replace(TINY, warmup_epochs=0, mixing=0.4, **options), steps=12)
-        state = method.init(environment())
-        return [method.mixing(state, torch.tensor(step))[0].item() * 4 for step in range(7)]
-
-    assert weights() == pytest.approx([0, 0, 0, 0.1, 0.1, 0.1, 0.2])
-    assert weights(mixing_ramp="step") == pytest.approx([0.4 * t / 12 for t in range(7)])
-    assert weights(mixing_ramp="epoch_per_epoch_steps") == pytest.approx([0, 0, 0, 0.4 / 3, 0.4 / 3, 0.4 / 3, 0.8 / 3])
+def test_mixing_rises_with_the_epochs() -> None:
+    method = method_of(replace(TINY, warmup_epochs=0, mixing=0.4), steps=12)
+    state = method.init(environment())
+    weights = [method.mixing(state, torch.tensor(step))[0].item() * 4 for step in range(7)]
+    assert weights == pytest.approx([0, 0, 0, 0.1, 0.1, 0.1, 0.2])
 
 
 def test_the_warm_up_learns_hard_labels_whatever_the_target() -> None:
@@ -313,7 +297,8 @@ def test_the_released_bank_equals_the_loop_that_is_measured() -> None:
         released_semi.push(bank, features, labels, confidences, mask, torch.tensor(step))
         semi_step.push(loop, features, labels, confidences, mask, semi_step.insert_official)
         if step % 3 == 2:
-            memory_bank.decay(bank, torch.tensor(0.99, dtype=torch.float64), torch.tensor((step - 2) * 8))
+            stale = bank["bank.inserted"] < (step - 2) * 8
+            memory_bank.decay(bank, torch.where(stale, 0.99, 1.0).double())
             released_semi.sort_by_confidence(bank)
             semi_step.decay(loop)
         torch.testing.assert_close(bank["bank.confidences"], loop.confidences)
@@ -322,18 +307,9 @@ def test_the_released_bank_equals_the_loop_that_is_measured() -> None:
     assert (bank["bank.confidences"] < 0.99).any()
 
 
-def test_the_released_bank_stays_sorted_through_decays() -> None:
-    options = replace(TINY, bank_eviction="official", bank_decay_scope="stale", bank_decay=0.5, bank_slots=4)
-    _, state, _ = trajectory(options)
-    assert state["bank.confidences"].diff(dim=1).le(0).all()
-    assert state["bank.confidences"].unique().numel() > 6
-
-
 def test_stale_slots_decay_by_the_clock_of_the_epoch() -> None:
     """Epochs of 5 steps, a decay every 2: after steps 1, 3, 6, 8, 11, 13; step 4 belongs to the decay after step 6."""
-    options = replace(TINY, bank_decay=0.5, bank_decay_every=2, bank_decay_scope="stale", bank_decay_clock="epoch")
-    method = make_method(MethodConfig(name="semi", epoch_steps=5, semi=options), steps=20)
-    assert isinstance(method, SeMi)
+    method = ReleasedSeMi(ReleasedSemiConfig(bank_decay_every=2), epoch_steps=5)
     bank = memory_bank.empty(1, 20, 1, device=CPU, dtype=torch.float32)
     expected: dict[int, float] = {}
     since: set[int] = set()
@@ -343,55 +319,37 @@ def test_stale_slots_decay_by_the_clock_of_the_epoch() -> None:
         expected[step], since = 1.0, since | {step}
         method.decay(bank, torch.tensor(step), rows=1)
         if step in (1, 3, 6, 8, 11, 13):
-            expected = {n: c if n in since else c * 0.5 for n, c in expected.items()}
+            expected = {n: c if n in since else c * 0.99 for n, c in expected.items()}
             since = set()
         number = bank["bank.inserted"][0]
         stored = bank["bank.confidences"][0]
-        assert {int(n): c.item() for n, c in zip(number, stored, strict=True) if n >= 0} == expected
+        assert {int(n): c.item() for n, c in zip(number, stored, strict=True) if n >= 0} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("preset", ["paper", "official"])
-def test_presets_train_and_resume(digits: Path, tmp_path: Path, preset: str) -> None:
+@pytest.mark.parametrize("given", ["--method.semi.preset=paper", RELEASED])
+def test_the_paper_and_the_released_code_train_and_resume(digits: Path, tmp_path: Path, given: str) -> None:
     import shutil
 
     from safetensors.torch import load_file
 
     from semi_fast.train import run
 
-    given = [f"--method.semi.preset={preset}", "--method.semi.mixing=0.4", "--model.name=wrn_10_2"]
-    given += [
-        "--method.semi.bank_decay_every=2",
-        "--method.semi.warmup_epochs=1",
-        "--checkpoint.every=4",
-        "--checkpoint.keep=9",
-    ]
-    run(config(digits, tmp_path / "a", *given))
+    keys = ["threshold=0.15", "bank_decay_every=2", "bank_slots=8", "warmup_epochs=1"]
+    flags = [f"--method.{method}.{key}" for method in ("semi", "released_semi") for key in keys]
+    flags += [given, "--model.name=wrn_10_2", "--method.epoch_steps=3", "--checkpoint.every=4", "--checkpoint.keep=9"]
+    run(config(digits, tmp_path / "a", *flags))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for step in (8, 12):
         shutil.rmtree(tmp_path / "b" / "checkpoints" / f"step_{step:09d}")
-    run(config(digits, tmp_path / "b", *given, resume="auto"))
+    run(config(digits, tmp_path / "b", *flags, resume="auto"))
     ours, theirs = (load_file(tmp_path / x / "checkpoints/step_000000012/state.safetensors") for x in "ab")
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert (ours["method.bank.inserted"] >= 0).any()
 
 
-def test_official_runs_in_one_process(digits: Path) -> None:
-    from types import SimpleNamespace
-
-    from semi_fast.data_prep.long_tail import split_for
-    from semi_fast.prepared.manifest import load_manifest, seal_split
-    from semi_fast.train import divided
-
-    tiny = config(digits, None, *OFFICIAL, "--method.semi.warmup_epochs=1", "--method.semi.bank_decay_every=3")
-    split = seal_split(split_for(load_manifest(digits), "x", tiny.split))
-    needs = make_method(tiny.method, steps=9000).needs
-    two: Any = SimpleNamespace(num_processes=2, process_index=0)
-    with pytest.raises(ValueError, match="runs in one process"):
-        divided(tiny, split, needs, two)
-
-
-def test_the_table_of_the_documentation_is_the_schema() -> None:
-    """Every key with its default and what the presets make of it."""
+@pytest.mark.parametrize(("section", "schema"), [("semi", SemiConfig), ("released_semi", ReleasedSemiConfig)])
+def test_the_tables_of_the_documentation_are_the_schema(section: str, schema: Any) -> None:
+    """Every key with its default, and what the preset `paper` makes of it."""
 
     def shown(value: Any) -> str:
         if isinstance(value, bool):
@@ -399,16 +357,10 @@ def test_the_table_of_the_documentation_is_the_schema() -> None:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-    table = text[text.index("| `method.semi.` |") :].split("\n\n")[0].splitlines()[2:]
-    found = {}
-    for line in table:
-        key, _, _, *values = (cell.strip() for cell in line.strip("|").split("|"))
-        found[key.strip("`")] = values[:3]
-    expected = {}
-    for field in fields(SemiConfig):
-        presets = [shown(PRESETS[p][field.name]) if field.name in PRESETS[p] else "" for p in ("paper", "official")]
-        if field.name in REQUIRED["official"]:
-            presets[1] = "must be given"
-        expected[field.name] = [shown(field.default), *presets]
-    del expected["preset"]
-    assert found == expected
+    table = text[text.index(f"| `method.{section}.` |") :].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    paper = PRESETS["paper"] if section == "semi" else {}
+    expected = {f.name: [shown(f.default), shown(paper[f.name]) if f.name in paper else ""] for f in fields(schema)}
+    expected.pop("preset", None)
+    first = 3 if section == "semi" else 1
+    assert {row[0].strip("`"): [row[first], row[4] if section == "semi" else ""] for row in cells} == expected

@@ -28,7 +28,7 @@ from semi_fast.pipelines.augment import Augmenter
 from semi_fast.schema.data import AugmentConfig
 from semi_fast.schema.method import MethodConfig, SemiConfig
 from semi_fast.schema.model import EmaConfig, ModelConfig, OptimConfig
-from semi_fast.schema.semi import PRESETS
+from semi_fast.schema.semi import PRESETS, ReleasedSemiConfig
 
 COUNTS = (9, 8, 7, 6, 5, 4, 3, 2, 1, 1)
 METHODS = {
@@ -36,7 +36,7 @@ METHODS = {
     "fixmatch": MethodConfig(name="fixmatch", plugins=("la",)),
     "semi": MethodConfig(name="semi", epoch_steps=2, semi=SemiConfig(warmup_epochs=0, bank_slots=4)),
     "paper": MethodConfig(name="semi", semi=SemiConfig(**PRESETS["paper"], bank_slots=4, bank_sampling=3)),
-    "official": MethodConfig(name="semi", semi=SemiConfig(**PRESETS["official"], bank_slots=4)),
+    "released_semi": MethodConfig(name="released_semi", released_semi=ReleasedSemiConfig(bank_slots=4)),
 }
 
 

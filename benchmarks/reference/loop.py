@@ -12,8 +12,8 @@ average, and six values read back in every step. It is no slower than it need be
 
 Where the released code has an error that changes what is learned, this is corrected, at no more cost but for five small
 calls: features are put back in order with the logits, the bank's lowest slot leaves whole (8 waits, not 9), prototypes
-are means over filled slots. Its decay is the released one: of what was not accepted since the last decay, as ours with
-`method.semi.bank_decay_scope=stale`; a test holds that the two then learn the same from the same pixels.
+are means over filled slots. Its decay is the released one, of what was not accepted since the last decay; a test holds
+that, where it spares nothing, the two learn the same from the same pixels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from semi_fast.schema.config import Config, check
 from semi_fast.schema.semi import SemiConfig
 
 RENDERED = """
-threshold hardness_scale mixing prototype_temperature bank_slots bank_decay bank_decay_every bank_decay_scope
+threshold hardness_scale mixing prototype_temperature bank_slots bank_decay bank_decay_every
 alignment_weight alignment_temperature alignment_sharpening center_momentum adjustment pseudo_label_adjustment
 warmup_epochs
 """.split()  # noqa: SIM905, names read best as one text

@@ -108,10 +108,8 @@ class TrainingRun:
 
     def publish(self, done: int) -> None:
         """Write what a resumed run needs."""
-        meta = self.journal.checkpoint_meta(done, self.program)
-        checkpoint.save(
-            self.checkpoints, done, self.program.checkpoint_tensors(), meta, keep=self.config.checkpoint.keep
-        )
+        tensors, meta = self.program.checkpoint_tensors(), self.journal.checkpoint_meta(done, self.program)
+        checkpoint.save(self.checkpoints, done, tensors, meta, keep=self.config.checkpoint.keep)
 
     def check_same(self, done: int) -> None:
         """Raise RuntimeError on all processes if they have drifted apart."""

@@ -158,9 +158,7 @@ class Program:
 
     def check_finite(self) -> None:
         """Raise NonFiniteError on all processes if any has met one. Waits for the device."""
-        bad = int(
-            processes.least_in_place(self.train_step.state.bad_step.clone()).item()
-        )  # where the loop waits anyway
+        bad = int(processes.least_in_place(self.train_step.state.bad_step.clone()).item())
         if bad != NEVER:
             raise NonFiniteError(bad, [int(i) for draw in self.batches.whole(bad) for i in draw.ids])
 

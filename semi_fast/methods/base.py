@@ -23,8 +23,6 @@ class Needs:
     """Whether unlabeled images are read at all."""
     heads: tuple[str, ...] = ("head",)
     """Linear classifiers on the features."""
-    single_process: bool = False
-    """Whether the method has a meaning only where one process holds the whole batch."""
 
 
 @dataclass(frozen=True)

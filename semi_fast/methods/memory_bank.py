@@ -52,11 +52,8 @@ def push(
     )
 
 
-def decay(state: State, factor: Tensor, stale_below: Tensor | None = None) -> None:
-    """Multiply confidences by `factor`, a scalar tensor, in place (SeMi eq. 7): all, or those of rows whose insertion
-    number is below `stale_below`, a scalar tensor."""
-    if stale_below is not None:
-        factor = torch.where(state["bank.inserted"] < stale_below, factor, 1.0)
+def decay(state: State, factor: Tensor) -> None:
+    """Multiply confidences by `factor`, a scalar tensor or [C, M], in place (SeMi eq. 7)."""
     state["bank.confidences"].mul_(factor)
 
 
@@ -65,15 +62,8 @@ def filled(state: State) -> Tensor:
     return state["bank.inserted"] >= 0
 
 
-def prototypes(state: State, *, min_filled: int = 1) -> tuple[Tensor, Tensor]:
-    """(mean of each class's filled slots [C, D], zeros where there is none; bool [C]: has at least `min_filled`)."""
+def prototypes(state: State) -> tuple[Tensor, Tensor]:
+    """(mean of each class's filled slots [C, D], zeros where there is none; bool [C]: classes that have any)."""
     count = filled(state).sum(1)
     means = state["bank.sums"] / count.clamp_min(1).unsqueeze(1)
-    return means.to(state["bank.features"].dtype), count >= min_filled
-
-
-def capacity_prototypes(state: State) -> tuple[Tensor, Tensor]:
-    """(each class's sum over M, empty slots counted as zeros [C, D]; bool [C], all true): as released."""
-    slots = state["bank.features"].shape[1]
-    means = (state["bank.sums"] / slots).to(state["bank.features"].dtype)
-    return means, torch.ones_like(means[:, 0], dtype=torch.bool)
+    return means.to(state["bank.features"].dtype), count > 0

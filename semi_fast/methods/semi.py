@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from semi_fast import processes
-from semi_fast.batch import Outputs, Rows, SplitRows, split_rows
-from semi_fast.methods import memory_bank, released_semi
+from semi_fast.batch import Outputs, Rows, split_rows
+from semi_fast.methods import memory_bank
 from semi_fast.methods.base import Environment, Loss, Needs, State, class_prior, fraction, log_power
 from semi_fast.ops.embedding_align import embedding_align
 from semi_fast.ops.masked_cross_entropy import masked_cross_entropy
@@ -27,99 +27,64 @@ class SeMi:
         self.options, self.seed = options, seed
         self.steps, self.epoch_steps = steps, epoch_steps  # of the whole run; of an "epoch" of the schedules
         heads = ("head", "balanced_head") if options.balanced_head else ("head",)
-        scrambled = options.feature_order == "official"
-        self.needs = Needs(strong_views=options.strong_views, unlabeled=True, heads=heads, single_process=scrambled)
+        self.needs = Needs(strong_views=options.strong_views, unlabeled=True, heads=heads)
         self.predicts = heads[-1]
 
     def init(self, env: Environment) -> State:
         o, classes = self.options, env.classes
-        if o.feature_order == "official" and env.features != 128:
-            raise ValueError(
-                "method.semi.feature_order official needs a network of 128 features, as the released code does; "
-                f"model.name gives {env.features}"
-            )
-        counts = env.first_visit_counts if o.prior_counts == "drop_last" else env.labeled_counts
-        if min(counts) == 0:
-            raise ValueError(
-                "method.semi.prior_counts drop_last leaves a class without images, where the released code stops; "
-                f"got {list(counts)}: use exact, or another seed"
-            )
-        prior = class_prior(counts, env.device)  # [C]
+        prior = class_prior(env.labeled_counts, env.device)  # [C]
         bank = memory_bank.empty(classes, o.bank_slots, env.features, device=env.device, dtype=env.dtype)
-        start = 1.0 if o.class_weight_start == "one" else 1 / classes
         state = bank | {
-            "adjustment": log_power(prior, o.adjustment).to(torch.float64 if o.double_adjustment else env.dtype),
+            "adjustment": log_power(prior, o.adjustment).to(env.dtype),
             "label_counts": torch.zeros(classes, dtype=torch.int64, device=env.device),  # [C], since step 0
-            "label_share": torch.full((classes,), start, dtype=env.dtype, device=env.device),  # m-tilde of eq. 8, [C]
+            "label_share": torch.full(
+                (classes,), 1 / classes, dtype=env.dtype, device=env.device
+            ),  # m-tilde of eq. 8, [C]
             "center": torch.zeros(env.features, dtype=env.dtype, device=env.device),  # q-bar of eq. 6, [D]
         }
         if o.unlabeled_prior == "joint":
             return state | {"prior": prior}
-        return state | {
-            "head_adjustment": log_power(prior, o.head_adjustment).to(env.dtype),
-            "pseudo_label_adjustment": log_power(prior, o.pseudo_label_adjustment).to(env.dtype),
-        }
+        return state | {"pseudo_label_adjustment": log_power(prior, o.pseudo_label_adjustment).to(env.dtype)}
 
     def active(self, step: Tensor) -> Tensor:
         """bool scalar: the warm-up is over."""
         return step >= self.options.warmup_epochs * self.epoch_steps
 
     def mixing(self, state: State, step: Tensor) -> Tensor:
-        """gamma * w of eq. 8, [C]; 0 during the warm-up."""
+        """gamma * w of eq. 8, [C]; 0 during the warm-up. The paper leaves w open: shares, as in the released code."""
         o, share = self.options, state["label_share"]
         epoch = torch.div(step, self.epoch_steps, rounding_mode="floor").to(share.dtype)
-        progress = {
-            "epoch": epoch * self.epoch_steps / self.steps,
-            "step": step.to(share.dtype) / self.steps,
-            "epoch_per_epoch_steps": epoch / self.epoch_steps,
-        }[o.mixing_ramp]
-        if o.class_weight_norm == "max":
-            share = (share / share.max()) ** (1 / o.class_weight_temperature)  # the power of small shares may be 0
-        return torch.where(self.active(step), o.mixing * progress * share, 0.0)
+        return torch.where(self.active(step), o.mixing * (epoch * self.epoch_steps / self.steps) * share, 0.0)
 
-    def adjustments(self, state: State) -> tuple[Tensor, Tensor]:
-        """Adjustments of the pseudo-labels of the standard and of the balanced head, [C] each."""
+    def pseudo_label_adjustment(self, state: State) -> Tensor:
+        """Adjustment of the balanced head's pseudo-labels, [C]."""
         if "prior" not in state:
-            return state["head_adjustment"], state["pseudo_label_adjustment"]
-        strengths = self.options.head_adjustment, self.options.pseudo_label_adjustment
-        dtype = state["center"].dtype
-        head, balanced = (log_power(state["prior"], strength).to(dtype) for strength in strengths)
-        return head, balanced
-
-    def votes(self, state: State, features: SplitRows) -> tuple[Tensor, Tensor, Tensor]:
-        """(queries [U, D], prototypes [C, D], bool [C]: classes that have one)."""
-        o, unlabeled = self.options, len(features.weak)
-        strong = features.strong.detach()
-        queries = strong[:unlabeled] if o.prototype_query == "strong_0" else by_view(strong, unlabeled).mean(0)
-        if o.prototype_mean == "capacity":
-            prototypes, valid = memory_bank.capacity_prototypes(state)
-        else:
-            prototypes, valid = memory_bank.prototypes(state, min_filled=o.prototype_min_filled)
-        if o.prototype_normalize:
-            queries, prototypes = (torch.nn.functional.normalize(x, dim=1) for x in (queries, prototypes))
-        return queries, prototypes, valid
+            return state["pseudo_label_adjustment"]
+        return log_power(state["prior"], self.options.pseudo_label_adjustment).to(state["center"].dtype)
 
     def loss(self, state: State, rows: Rows, outputs: Outputs, step: Tensor) -> Loss:
+        return self.loss_of(state, rows, outputs, step, memory_bank.prototypes(state))
+
+    def loss_of(
+        self, state: State, rows: Rows, outputs: Outputs, step: Tensor, prototypes: tuple[Tensor, Tensor]
+    ) -> Loss:
+        """The loss with these prototypes [C, D], and bool [C]: classes that have one."""
         o, active = self.options, self.active(step)
         standard = split_rows(outputs.logits["head"], rows.layout)
         balanced = split_rows(outputs.logits[self.predicts], rows.layout)
-        all_features = outputs.features
-        if o.feature_order == "official":
-            all_features = released_semi.scrambled(all_features, rows.layout)
-        features = split_rows(all_features, rows.layout)
+        features = split_rows(outputs.features, rows.layout)
         dtype = standard.strong.dtype
 
         found = pseudo_label(
             standard.weak.detach(),
             balanced.weak.detach(),
-            *self.votes(state, features),
+            features.strong[: rows.layout.unlabeled].detach(),  # strong_0 asks, as in the released code
+            *prototypes,
             self.mixing(state, step),
-            *self.adjustments(state),
+            self.pseudo_label_adjustment(state),
             o.hardness_scale * active.to(dtype),
             threshold=o.threshold,
-            temperature=o.temperature,
             prototype_temperature=o.prototype_temperature,
-            by_predicted=o.mixing_index == "predicted",
             renormalize=o.mixing_renormalize,
             mask_source=o.mask_source,
             entropy_source=o.entropy_source,
@@ -142,17 +107,16 @@ class SeMi:
         if o.balanced_head:
             terms |= self.balanced_terms(state, rows, outputs, found, target, step)
         terms["alignment"] = o.alignment_weight * alignment  # eq. 6
-        stored = features.weak if o.bank_views == "weak" else features.strong
+        strong = features.strong.detach()
         pending = {
             "pseudo_label": found.label,  # [U]
             "mask": found.mask,  # [U]
             "confidence": found.confidence,  # [U]
-            "features": by_view(stored.detach(), rows.layout.unlabeled).transpose(0, 1),  # [U, views, D]
+            "features": strong.view(-1, *features.weak.shape).transpose(0, 1),  # [U, S, D]
         }
-        centers = {"target_ema": aligned_to, "feature_ema": features.weak.detach(), "none": None}[o.center]
         totals = {"label_counts": found.counts}
-        if centers is not None:
-            totals["center"] = centers.sum(0)
+        if o.center == "target_ema":
+            totals["center"] = aligned_to.sum(0)
         if "prior" in state:
             totals["labeled_counts"] = count(rows.labels, classes=len(found.counts))
         stats = {
@@ -178,10 +142,8 @@ class SeMi:
         if o.balanced_target == "adjusted":
             target = found.adjusted_label
         mask = found.adjusted_mask.to(logits.strong.dtype)
-        labeled = logits.labeled.double() if o.double_adjustment else logits.labeled
-        supervised = masked_cross_entropy(labeled, rows.labels, offset=state["adjustment"])
         terms = {
-            "balanced_supervised": supervised.float() if o.double_adjustment else supervised,
+            "balanced_supervised": masked_cross_entropy(logits.labeled, rows.labels, offset=state["adjustment"]),
             "balanced_unlabeled": masked_cross_entropy(logits.strong, target, mask),
         }
         if o.bank_sampling:
@@ -214,60 +176,42 @@ class SeMi:
         return masked_cross_entropy(logits, torch.div(place, slots, rounding_mode="floor"), coefficient)
 
     def update(self, state: State, pending: State, step: Tensor) -> None:
+        o = self.options
         self.count_labels(state, pending, step)
-        views = pending["features"].shape[1]
-        features = pending["features"].transpose(0, 1).flatten(0, 1)  # [views * U, D], strong_0 first
-        label, confidence, mask = (pending[x].repeat(views) for x in ("pseudo_label", "confidence", "mask"))
-        if self.options.bank_eviction == "official":
-            released_semi.push(state, features, label, confidence, mask, step)
-        else:
-            oldest_leaves = self.options.bank_eviction == "oldest"
-            memory_bank.push(state, features, label, confidence, mask, step, oldest_leaves=oldest_leaves)
-        self.decay(state, step, rows=len(features))
-
+        memory_bank.push(state, *offered(pending), step, oldest_leaves=o.bank_eviction == "oldest")
+        beta = state["bank.confidences"].new_full((), o.bank_decay)
+        memory_bank.decay(state, torch.where((step + 1) % o.bank_decay_every == 0, beta, 1.0))
         if "center" in pending:
-            momentum = self.options.center_momentum
-            center = momentum * state["center"] + (1 - momentum) * pending["center"] / len(pending["mask"])
-            state["center"].copy_(torch.where(self.active(step), center, state["center"]))
+            self.move_center(state, pending, step)
         if "prior" in state:
             seen = (pending["labeled_counts"] + pending["label_counts"]).double()
-            state["prior"].lerp_(seen / seen.sum(), 1 - self.options.prior_momentum)
+            state["prior"].lerp_(seen / seen.sum(), 1 - o.prior_momentum)
 
     def count_labels(self, state: State, pending: State, step: Tensor) -> None:
-        """Renew the shares of the pseudo-labels, where there are any."""
-        o, share = self.options, state["label_share"]
+        """Renew the shares of all pseudo-labels so far, where there are any, after every epoch, as released."""
+        share = state["label_share"]
         state["label_counts"] += pending["label_counts"]
-        if o.class_weight_update == "ema":
-            counts, momentum = pending["label_counts"].to(share.dtype), o.class_weight_momentum
-            renewed = momentum * share + (1 - momentum) * counts / counts.sum().clamp_min(1)
-            renews = counts.sum() > 0
-        else:
-            counts = state["label_counts"].to(share.dtype)
-            renewed = counts / counts.sum().clamp_min(1)
-            renews = ((step + 1) % self.epoch_steps == 0) & (counts.sum() > 0)
+        counts = state["label_counts"].to(share.dtype)
+        renewed = counts / counts.sum().clamp_min(1)
+        renews = ((step + 1) % self.epoch_steps == 0) & (counts.sum() > 0)
         share.copy_(torch.where(renews, renewed, share))
 
-    def decay(self, state: State, step: Tensor, *, rows: int) -> None:
-        """The bank's decay (eq. 7) in every n-th step, of the run or of an epoch."""
-        o, every = self.options, self.options.bank_decay_every
-        since = torch.full_like(step, every)  # steps since the last decay
-        clock = step + 1
-        if o.bank_decay_clock == "epoch":
-            clock = step % self.epoch_steps + 1
-            since += torch.where(clock == every, self.epoch_steps % every, 0)
-        beta = state["bank.confidences"].new_full((), o.bank_decay)
-        factor = torch.where(clock % every == 0, beta, 1.0)
-        memory_bank.decay(state, factor, (step + 1 - since) * rows if o.bank_decay_scope == "stale" else None)
-        if o.bank_eviction == "official":
-            released_semi.sort_by_confidence(state)
+    def move_center(self, state: State, pending: State, step: Tensor) -> None:
+        """Towards the mean of this step's targets, once the warm-up is over."""
+        momentum = self.options.center_momentum
+        center = momentum * state["center"] + (1 - momentum) * pending["center"] / len(pending["mask"])
+        state["center"].copy_(torch.where(self.active(step), center, state["center"]))
 
     def logits(self, state: State, outputs: Outputs) -> Tensor:
         return outputs.logits[self.predicts]
 
 
-def by_view(features: Tensor, unlabeled: int) -> Tensor:
-    """[views * U, D] as [views, U, D]."""
-    return features.view(-1, unlabeled, features.shape[1])
+def offered(pending: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the bank is offered, [S * U, D] and [S * U] each, strong_0 first: features, labels, confidences, mask."""
+    views = pending["features"].shape[1]
+    features = pending["features"].transpose(0, 1).flatten(0, 1)
+    label, confidence, mask = (pending[name].repeat(views) for name in ("pseudo_label", "confidence", "mask"))
+    return features, label, confidence, mask
 
 
 def count(labels: Tensor, mask: Tensor | bool = True, *, classes: int) -> Tensor:

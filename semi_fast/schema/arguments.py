@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from semi_fast.schema.config import Config
 from semi_fast.schema.effects import without_effect
-from semi_fast.schema.semi import PRESETS, REQUIRED
+from semi_fast.schema.semi import OFFICIAL, PRESETS
 from semi_fast.schema.split import SplitConfig
 
 TRAIN_HELP = """semi-fast train --config FILE [--key=value ...]
@@ -67,11 +67,6 @@ def read_arguments(argv: Sequence[str]) -> tuple[Config, set[str]]:
                     f"method.semi.preset={preset} has {key} {value}, but the file sets {found}: "
                     f"give --method.semi.{key} too, to say which"
                 )
-    for key in REQUIRED.get(preset, ()):
-        if f"method.semi.{key}" not in in_files | as_flags:
-            raise ValueError(
-                f"method.semi.{key} must be given with preset {preset}: its sources differ; see docs/methods.md"
-            )
     del parsed["config"]
     for key in PATHS:
         if parsed[key] is not None:
@@ -163,7 +158,7 @@ def readable(message: str) -> str:
         rule = "be a list, [NAME, ...]"
     else:
         rule = "be of type " + re.sub(r"<class '(\w+)'>", r"\1", kind)
-    return f"{key} must {rule}; got {value or 'nothing'}"
+    return f"{key} must {rule}; got {value or 'nothing'}" + (f": {OFFICIAL}" if value == "official" else "")
 
 
 def ordered(argv: Sequence[str]) -> tuple[list[str], list[str]]:

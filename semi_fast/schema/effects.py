@@ -16,7 +16,13 @@ EFFECTS: tuple[tuple[str, Condition, str], ...] = (
     ("method.la.", lambda c: "la" in c.method.plugins, "method.plugins=[la]"),
     ("method.la.pseudo_label", lambda c: c.method.name != "supervised", "method.name=fixmatch"),
     ("method.semi.", lambda c: c.method.name == "semi", "method.name=semi"),
-    ("method.epoch_steps", lambda c: c.method.name == "semi", "method.name=semi"),
+    ("method.released_semi.", lambda c: c.method.name == "released_semi", "method.name=released_semi"),
+    (
+        "method.released_semi.alignment_temperature",
+        lambda c: c.method.released_semi.alignment_weight > 0,
+        "method.released_semi.alignment_weight above 0",
+    ),
+    ("method.epoch_steps", lambda c: c.method.name in ("semi", "released_semi"), "method.name semi or released_semi"),
     ("batch.unlabeled_ratio", lambda c: c.method.name != "supervised", "a method with unlabeled images"),
     ("augment.cutout augment.operations", lambda c: c.method.name != "supervised", "a method with strong views"),
     ("augment.labeled_padding", lambda c: c.augment.pad != 0, "augment.pad above 0"),
@@ -24,29 +30,11 @@ EFFECTS: tuple[tuple[str, Condition, str], ...] = (
     ("model.wrn_quirk", lambda c: c.model.name.startswith("wrn_"), "a model.name that begins with wrn_"),
     ("engine.autotune", lambda c: not c.engine.autotune or c.engine.level != "eager", "engine.level compile or graph"),
     (
-        "method.semi.mixing_ramp method.semi.mixing_index method.semi.mixing_renormalize "
-        "method.semi.class_weight_norm method.semi.class_weight_temperature method.semi.class_weight_update "
-        "method.semi.class_weight_momentum method.semi.class_weight_start method.semi.prototype_temperature "
-        "method.semi.prototype_normalize method.semi.prototype_query method.semi.prototype_mean "
-        "method.semi.prototype_min_filled",
+        "method.semi.mixing_renormalize method.semi.prototype_temperature",
         lambda c: c.method.semi.mixing > 0,
         "method.semi.mixing above 0",
     ),
-    (
-        "method.semi.class_weight_temperature",
-        lambda c: c.method.semi.class_weight_norm == "max",
-        "method.semi.class_weight_norm=max",
-    ),
-    (
-        "method.semi.class_weight_momentum",
-        lambda c: c.method.semi.class_weight_update == "ema",
-        "method.semi.class_weight_update=ema",
-    ),
-    (
-        "method.semi.bank_decay_every method.semi.bank_decay_scope method.semi.bank_decay_clock",
-        lambda c: c.method.semi.bank_decay < 1,
-        "method.semi.bank_decay below 1",
-    ),
+    ("method.semi.bank_decay_every", lambda c: c.method.semi.bank_decay < 1, "method.semi.bank_decay below 1"),
     ("method.semi.entropy_source", lambda c: c.method.semi.hardness_scale > 0, "method.semi.hardness_scale above 0"),
     (
         "method.semi.alignment_temperature method.semi.alignment_sharpening method.semi.center "
@@ -54,14 +42,10 @@ EFFECTS: tuple[tuple[str, Condition, str], ...] = (
         lambda c: c.method.semi.alignment_weight > 0,
         "method.semi.alignment_weight above 0",
     ),
-    (
-        "method.semi.center_momentum",
-        lambda c: c.method.semi.center != "none",
-        "method.semi.center target_ema or feature_ema",
-    ),
+    ("method.semi.center_momentum", lambda c: c.method.semi.center != "none", "method.semi.center=target_ema"),
     (
         "method.semi.adjustment method.semi.pseudo_label_adjustment method.semi.balanced_target "
-        "method.semi.balanced_mask method.semi.double_adjustment method.semi.warmup_balanced",
+        "method.semi.balanced_mask method.semi.warmup_balanced",
         lambda c: c.method.semi.balanced_head,
         "method.semi.balanced_head=true",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from semi_fast.schema.semi import SemiConfig
+from semi_fast.schema.semi import ReleasedSemiConfig, SemiConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LogitAdjustmentConfig:
 class MethodConfig:
     """The method, what is stacked on it, and the clock that its schedules count in."""
 
-    name: Literal["supervised", "fixmatch", "semi"] = "semi"
+    name: Literal["supervised", "fixmatch", "semi", "released_semi"] = "semi"
     """Which method."""
     plugins: tuple[Literal["la"], ...] = ()
     """What is stacked on supervised or FixMatch: la = logit adjustment."""
@@ -47,3 +47,4 @@ class MethodConfig:
     fixmatch: FixMatchConfig = field(default_factory=FixMatchConfig)
     la: LogitAdjustmentConfig = field(default_factory=LogitAdjustmentConfig)
     semi: SemiConfig = field(default_factory=SemiConfig)
+    released_semi: ReleasedSemiConfig = field(default_factory=ReleasedSemiConfig)

@@ -1,4 +1,4 @@
-"""Options of SeMi: every reading of the paper and of the released code as a key, and the presets as values of them."""
+"""Options of SeMi: what a preset, a published command or a published ablation sets; the presets as values of them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from typing import Any, Literal
 class SemiConfig:
     """SeMi. The defaults are the preset `default`; docs/methods.md has the reasons, symbols and sources."""
 
-    preset: Literal["default", "paper", "official"] = "default"
-    """Fills in the keys below that are not given: default; paper, to the letter; official, as the released code."""
+    preset: Literal["default", "paper"] = "default"
+    """Fills in the keys below that are not given: default; or paper, to the letter."""
 
     threshold: float = 0.7
     """Confidence from which a pseudo-label counts (tau)."""
-    temperature: float = 1.0
-    """Of the softmax over the weak view's logits (T)."""
     pseudo_label_target: Literal["hard", "soft"] = "hard"
     """Whether the standard head learns the most probable class or the mixed distribution (q')."""
-    mask_source: Literal["or", "linear", "mixed"] = "or"
-    """Which confidence must reach the threshold: of the head (linear), after mixing (mixed), or either."""
-    head_adjustment: float = 0.0
-    """Factor on the log prior taken off the standard head's logits for its own pseudo-labels (pula: 2)."""
+    mask_source: Literal["or", "linear"] = "or"
+    """Which confidence must reach the threshold: of the head (linear), or this or that after mixing."""
     strong_views: int = 2
     """Strong views per unlabeled image; the paper's equations write 1, the code has 2."""
 
@@ -33,48 +29,20 @@ class SemiConfig:
 
     mixing: float = 0.4
     """Weight of the prototypes' vote at the end of training (alpha). 0 turns label mixing off."""
-    mixing_ramp: Literal["epoch", "step", "epoch_per_epoch_steps"] = "epoch"
-    """How the weight rises: alpha * epoch / epochs, alpha * step / steps, or alpha * epoch / method.epoch_steps."""
-    mixing_index: Literal["column", "predicted"] = "column"
-    """Class weights scale the vote class by class, or row by row with the weight of the predicted class."""
     mixing_renormalize: bool = True
     """Whether the rows of the mixed distribution are made to sum to 1."""
-    class_weight_norm: Literal["sum", "max"] = "sum"
-    """Class weights (w_k) are the shares of the pseudo-labels, or these relative to the largest."""
-    class_weight_temperature: float = 1.0
-    """With norm max: w = share ** (1 / temperature) / its maximum."""
-    class_weight_update: Literal["epoch_cumulative", "ema"] = "epoch_cumulative"
-    """Shares are those of all steps, renewed after every epoch, or a moving average renewed in every step."""
-    class_weight_momentum: float = 0.999
-    """Of that moving average."""
-    class_weight_start: Literal["uniform", "one"] = "uniform"
-    """Shares before the first renewal: 1 / C, or 1."""
 
     prototype_temperature: float = 0.1
     """Of the softmax over distances to prototypes (T_p)."""
-    prototype_normalize: bool = False
-    """Whether queries and prototypes are scaled to length 1 before the distance."""
-    prototype_query: Literal["strong_0", "mean"] = "strong_0"
-    """Which features ask: those of strong_0, or the mean over the strong views."""
-    prototype_mean: Literal["filled", "capacity"] = "filled"
-    """A class's sum is divided by its filled slots, or by all slots with no class left out."""
-    prototype_min_filled: int = 1
-    """Filled slots from which a class has a prototype."""
 
     bank_slots: int = 128
     """Slots per class of the memory bank (M)."""
-    bank_eviction: Literal["lowest", "oldest", "official"] = "lowest"
-    """Who leaves a full class: the lowest confidence; the oldest; or, as released, the wrong features."""
+    bank_eviction: Literal["lowest", "oldest"] = "lowest"
+    """Who leaves a full class: the lowest confidence, or the oldest."""
     bank_decay: float = 0.99
     """Factor on stored confidences (beta) ..."""
     bank_decay_every: int = 100
     """... every so many steps (n)."""
-    bank_decay_scope: Literal["all", "stale"] = "all"
-    """What decays: every slot, or those not filled since the last decay."""
-    bank_decay_clock: Literal["global", "epoch"] = "global"
-    """Steps are counted over the run, or anew in every epoch."""
-    bank_views: Literal["strong", "weak"] = "strong"
-    """Whose features are stored."""
     bank_sampling: int = 0
     """Stored features that top up the balanced head's batch in each step (num_samples); 0 for none."""
 
@@ -84,8 +52,8 @@ class SemiConfig:
     """Temperature of the strong views' features (T_e)."""
     alignment_sharpening: float = 5.0
     """The weak view's temperature is T_e divided by this."""
-    center: Literal["target_ema", "feature_ema", "none"] = "target_ema"
-    """What is taken off the weak features (q-bar): a moving average of targets, of features, or nothing."""
+    center: Literal["target_ema", "none"] = "target_ema"
+    """What is taken off the weak features (q-bar): a moving average of targets, or nothing."""
     center_momentum: float = 0.9
     """Of that moving average."""
 
@@ -103,20 +71,32 @@ class SemiConfig:
     """Prior of the pseudo-labels: that of the labeled images, or a running one over labels and pseudo-labels."""
     prior_momentum: float = 0.999
     """Of the running prior."""
-    prior_counts: Literal["exact", "drop_last"] = "exact"
-    """Labeled prior from all labeled images, or from the full batches of the first visit."""
-    double_adjustment: bool = False
-    """Whether the balanced head's labeled loss is computed in float64."""
 
     warmup_epochs: int = 20
     """Epochs (of `method.epoch_steps`) before mixing, entropy weights and alignment begin."""
     warmup_balanced: bool = True
     """Whether the balanced head learns during the warm-up."""
-    feature_order: Literal["correct", "official"] = "correct"
-    """Features of the rows they belong to, or in the scrambled order of the released code."""
 
 
-# What each preset changes. `paper`: spec of the text where it is well defined. `official`: the released snapshot.
+@dataclass(frozen=True)
+class ReleasedSemiConfig:
+    """SeMi as its released code computes it, for ablation; see docs/methods.md."""
+
+    threshold: float = 0.7
+    """As in SeMi, and so are all of these; of the published commands, where the code's own default is 0.95."""
+    mixing: float = 0.4
+    """Of the published commands, where the code's own default is 0. It rises with epoch / method.epoch_steps."""
+    hardness_scale: float = 0.75
+    bank_slots: int = 128
+    bank_decay_every: int = 50
+    """Counted anew in every epoch."""
+    alignment_weight: float = 0.15
+    alignment_temperature: float = 0.1
+    """Of the code; 0.09 in the published commands."""
+    warmup_epochs: int = 6
+
+
+# What each preset changes. `paper`: the text to the letter, where it is well defined.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -132,56 +112,73 @@ PRESETS: dict[str, dict[str, Any]] = {
         "unlabeled_prior": "joint",
         "warmup_balanced": False,
     },
-    "official": {
-        "mixing_ramp": "epoch_per_epoch_steps",
-        "mixing_renormalize": False,
-        "class_weight_start": "one",
-        "prototype_mean": "capacity",
-        "bank_eviction": "official",
-        "bank_decay_every": 50,
-        "bank_decay_scope": "stale",
-        "bank_decay_clock": "epoch",
-        "alignment_temperature": 0.1,
-        "prior_counts": "drop_last",
-        "double_adjustment": True,
-        "warmup_epochs": 6,
-        "feature_order": "official",
-    },
 }
-# The snapshot's own defaults (0.95 and 0, which turns mixing off) and its README (0.7 and 0.4) differ.
-REQUIRED = {"official": ("threshold", "mixing")}
+# What no preset, published command or ablation sets. Source: the released code; the paper is silent on all of them.
+CONSTANTS = {
+    "temperature": "1",
+    "head_adjustment": "0",
+    "mixing_index": "column",
+    "class_weight_norm": "sum",
+    "class_weight_temperature": "without effect",
+    "class_weight_update": "epoch_cumulative",
+    "class_weight_momentum": "without effect",
+    "prototype_normalize": "false",
+    "prototype_query": "strong_0",
+    "prototype_min_filled": "1",
+    "bank_views": "strong",
+}
+RELEASED = {
+    "mixing_ramp": "epoch",
+    "class_weight_start": "uniform",
+    "prototype_mean": "filled",
+    "bank_decay_scope": "all",
+    "bank_decay_clock": "global",
+    "prior_counts": "exact",
+    "double_adjustment": "false",
+    "feature_order": "correct",
+}
+"""The same, and the released code has another value."""
+OFFICIAL = "the released code is --method.name=released_semi, with keys such as --method.released_semi.threshold"
+"""Where what was `official` is now."""
+REMOVED = {
+    f"method.semi.{key}": f"is an option no more, it is always {value}: " + (OFFICIAL if key in RELEASED else "drop it")
+    for key, value in (CONSTANTS | RELEASED).items()
+}
+"""Key of an earlier version -> what became of it."""
 
 
-def rules(semi: SemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: int) -> list[tuple[bool, str]]:
+def rules(semi: SemiConfig) -> list[tuple[bool, str]]:
     """(holds, message) of what must hold between the options in a run of SeMi, each within its range."""
-    scrambled = semi.feature_order == "official"
-    highest = semi.mixing * ((steps - 1) // epoch_steps) / epoch_steps
     return [
-        (
-            1 <= semi.prototype_min_filled <= semi.bank_slots,
-            f"method.semi.prototype_min_filled must lie in [1, {semi.bank_slots}]; got {semi.prototype_min_filled}",
-        ),
-        (
-            semi.warmup_epochs * epoch_steps < steps,
-            "method.semi.warmup_epochs * method.epoch_steps must be below optim.steps; got "
-            f"{semi.warmup_epochs} * {epoch_steps} and {steps}",
-        ),
-        (
-            semi.mixing_ramp != "epoch_per_epoch_steps" or highest <= 1,
-            "method.semi.mixing_ramp epoch_per_epoch_steps must not raise mixing above 1, as a share of it is mixed; "
-            f"got {highest:g} at the end: use epoch, or a larger method.epoch_steps",
-        ),
         (
             semi.balanced_head or not semi.bank_sampling,
             "method.semi.bank_sampling tops up the balanced head's batch; set method.semi.balanced_head, or 0",
         ),
+    ]
+
+
+def released_rules(
+    released: ReleasedSemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: int
+) -> list[tuple[bool, str]]:
+    """The same of the released code."""
+    highest = released.mixing * ((steps - 1) // epoch_steps) / epoch_steps
+    return [
         (
-            not scrambled or (unlabeled_ratio == 1 and semi.strong_views == 2),
-            "method.semi.feature_order official needs batch.unlabeled_ratio 1 and method.semi.strong_views 2, as the "
-            f"released code does; got {unlabeled_ratio} and {semi.strong_views}",
+            highest <= 1,
+            "method.name released_semi must not raise mixing above 1, as a share of it is mixed; "
+            f"got {highest:g} at the end: use a larger method.epoch_steps",
         ),
         (
-            semi.bank_eviction != "official" or (semi.bank_views == "strong" and not semi.bank_sampling),
-            "method.semi.bank_eviction official goes with bank_views strong and bank_sampling 0",
+            unlabeled_ratio == 1,
+            f"method.name released_semi needs batch.unlabeled_ratio 1, as its code does; got {unlabeled_ratio}",
         ),
     ]
+
+
+def warm_up_ends(name: str, warmup_epochs: int, *, epoch_steps: int, steps: int) -> tuple[bool, str]:
+    """(holds, message): what follows the warm-up of the method `name` begins before the run ends."""
+    return (
+        warmup_epochs * epoch_steps < steps,
+        f"method.{name}.warmup_epochs * method.epoch_steps must be below optim.steps; got "
+        f"{warmup_epochs} * {epoch_steps} and {steps}",
+    )

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from semi_fast.schema.config import Config, leaves, plain
+from semi_fast.schema.semi import REMOVED
 
 MAX_BYTES = 2**20
 OCTAL = re.compile(r"[-+]?0[0-7_]+")
@@ -64,6 +65,8 @@ def check_keys(keys: list[str], where: str) -> None:
     """Raise ValueError for the first dotted key that the configuration does not have, with the nearest that it has."""
     known = config_keys()
     for key in keys:
+        if key in REMOVED:
+            raise ValueError(f"{where}: {key} {REMOVED[key]}")
         inside = [k for k in known if k.startswith(f"{key}.")]
         if inside:
             raise ValueError(f"{where}: {key} is a section, not a key; give its keys, such as {inside[0]}")

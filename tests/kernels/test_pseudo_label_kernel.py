@@ -14,9 +14,9 @@ from tests.conftest import DEVICE
 from tests.offline import compile_offline
 
 SIZES = [(1, 2, 5), (9, 10, 128), (5, 100, 20), (6, 127, 70), (3, 1000, 33), (3, 2048, 5)]
-DEFAULT = (False, True, "or", "mixed", "or")
-MODES = [DEFAULT, (True, False, "linear", "linear", "own_adjusted"), (False, False, "mixed", "mixed", "or")]
-MODE_NAMES = ("by_predicted", "renormalize", "mask_source", "entropy_source", "balanced_mask")
+DEFAULT = (True, "or", "mixed", "or")
+MODES = [DEFAULT, (False, "linear", "linear", "own_adjusted"), (False, "or", "mixed", "or")]
+MODE_NAMES = ("renormalize", "mask_source", "entropy_source", "balanced_mask")
 
 
 def inputs(rows: int, classes: int, width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -28,19 +28,18 @@ def inputs(rows: int, classes: int, width: int, dtype: torch.dtype) -> list[Tens
         0.3 * torch.randn(classes, width),
         torch.rand(classes) > 0.3,
         0.4 * torch.rand(classes),
-        0.1 * torch.rand(classes),
         torch.randn(classes),
         torch.tensor(0.75),
     ]
     return [x.to(DEVICE) for x in drawn]
 
 
-def both(tensors: list[Tensor], mode: tuple[Any, ...] = DEFAULT, **temperatures: float) -> list[PseudoLabels]:
+def both(tensors: list[Tensor], mode: tuple[Any, ...] = DEFAULT, **numbers: float) -> list[PseudoLabels]:
     """(kernel, float64 reference)."""
-    t = {"threshold": 0.5, "temperature": 1.0, "prototype_temperature": 2.0} | temperatures
-    found = kernel.pseudo_label(*tensors, *t.values(), *mode)
+    given = {"threshold": 0.5, "prototype_temperature": 2.0} | numbers
+    found = kernel.pseudo_label(*tensors, *given.values(), *mode)
     double = [x if x.dtype == torch.bool else x.double() for x in tensors]
-    expected = reference.pseudo_label(*double, **t, **dict(zip(MODE_NAMES, mode, strict=True)))
+    expected = reference.pseudo_label(*double, **given, **dict(zip(MODE_NAMES, mode, strict=True)))
     return [PseudoLabels(*found), PseudoLabels(*expected)]
 
 
@@ -62,7 +61,7 @@ def compare(found: PseudoLabels, expected: PseudoLabels, threshold: float = 0.5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "classes", "width"), SIZES)
 def test_equals_the_reference(rows: int, classes: int, width: int, dtype: torch.dtype, mode: tuple[Any, ...]) -> None:
-    compare(*both(inputs(rows, classes, width, dtype), mode, temperature=1.3))
+    compare(*both(inputs(rows, classes, width, dtype), mode))
 
 
 def test_saturated_logits() -> None:
@@ -115,16 +114,14 @@ def test_a_row_that_is_not_finite_has_a_label_and_no_mask_of_its_own(bad: int, m
 
 def test_ties_go_to_the_lower_class() -> None:
     tensors = inputs(1, 10, 4, torch.float32)
-    tensors[0].zero_()
-    tensors[5].zero_()
-    tensors[6].zero_()
-    tensors[7].zero_()
+    for at in (0, 5, 6):
+        tensors[at].zero_()
     found, _ = both(tensors)
     assert found.label.item() == found.adjusted_label.item() == 0
 
 
 def test_opcheck_and_compile() -> None:
-    arguments = (*inputs(3, 10, 5, torch.float32), 0.5, 1.0, 2.0, *DEFAULT)
+    arguments = (*inputs(3, 10, 5, torch.float32), 0.5, 2.0, *DEFAULT)
     torch.library.opcheck(kernel.pseudo_label, arguments)
     found = torch.compile(lambda: kernel.pseudo_label(*arguments), fullgraph=True, backend="aot_eager")()
     assert all(torch.equal(a, b) for a, b in zip(found, kernel.pseudo_label(*arguments), strict=True))
@@ -133,15 +130,15 @@ def test_opcheck_and_compile() -> None:
 @pytest.mark.timeout(300)
 def test_spills_no_register() -> None:
     pointers = {f"{name}_ptr": "*fp32" for name in ("logits", "balanced_logits", "queries", "prototypes")}
-    pointers |= {"valid_ptr": "*i1", "mixing_ptr": "*fp32", "head_adjustment_ptr": "*fp32", "adjustment_ptr": "*fp32"}
+    pointers |= {"valid_ptr": "*i1", "mixing_ptr": "*fp32", "adjustment_ptr": "*fp32"}
     pointers |= {"hardness_scale_ptr": "*fp32", "label_ptr": "*i64", "confidence_ptr": "*fp32", "mask_ptr": "*i1"}
     pointers |= {"hardness_ptr": "*fp32", "adjusted_label_ptr": "*i64", "adjusted_mask_ptr": "*i1"}
     pointers |= {"probs_ptr": "*fp32", "counts_ptr": "*i64", "classes": "i32", "width": "i32"}
-    pointers |= dict.fromkeys(("threshold", "temperature", "prototype_temperature", "log_classes"), "fp32")
-    flags = {"RENORMALIZE": True, "LINEAR_MASK": True, "MIXED_MASK": True, "MIXED_ENTROPY": True, "OR_BALANCED": True}
+    pointers |= dict.fromkeys(("threshold", "prototype_temperature", "log_classes"), "fp32")
+    flags = dict.fromkeys(("RENORMALIZE", "OR_MIXED_MASK", "MIXED_ENTROPY", "OR_BALANCED"), True)
     cases = []
     for classes, width in ((127, 2048), (1000, 128), (LARGEST["pseudo_label"], 128)):
-        constants = kernel.launch_options(classes, width) | flags | {"BY_PREDICTED": classes == 127}
+        constants = kernel.launch_options(classes, width) | flags
         warps = constants.pop("num_warps")
         signature = pointers | dict.fromkeys(constants, "constexpr")
         cases.append({"signature": signature, "constants": constants, "num_warps": warps})
@@ -156,8 +153,8 @@ def test_spills_no_register() -> None:
         (0, lambda x: x[:, :-1], r"balanced_logits must have shape \[3, 4\]; got \[3, 5\]"),
         (2, lambda x: x.long(), "queries must be float16 or .* got int64"),
         (4, lambda x: x.float(), "valid must be bool; got float32"),
-        (7, lambda x: x[:-1], r"adjustment must have shape \[5\]; got \[4\]"),
-        (8, lambda x: x[None], r"hardness_scale must have shape \[\]; got \[1\]"),
+        (6, lambda x: x[:-1], r"adjustment must have shape \[5\]; got \[4\]"),
+        (7, lambda x: x[None], r"hardness_scale must have shape \[\]; got \[1\]"),
         (3, lambda x: x.to("meta"), "prototypes must be on"),
     ],
 )
@@ -169,5 +166,5 @@ def test_wrong_inputs_are_named(at: int, change: Any, message: str) -> None:
 
 
 def test_an_unknown_option_is_named() -> None:
-    with pytest.raises(ValueError, match="mask_source must be one of or, linear, mixed; got both"):
+    with pytest.raises(ValueError, match="mask_source must be one of or, linear; got both"):
         pseudo_label(*inputs(3, 5, 4, torch.float32), threshold=0.7, prototype_temperature=0.1, mask_source="both")  # type: ignore[arg-type]

@@ -45,13 +45,13 @@ KILLED = [*SMALL, f"--optim.steps={KILLED_STEPS}", "--checkpoint.every=3", "--ev
 METHODS = {
     "semi": [],
     "semi, paper": ["--method.semi.preset=paper"],
-    "semi, official": [
-        "--method.semi.preset=official", "--model.name=wrn_10_2", "--method.semi.mixing=0.4",
-        "--method.semi.bank_decay_every=3", "--method.semi.warmup_epochs=1", "--method.semi.alignment_temperature=0.1",
+    "released_semi": [
+        "--method.name=released_semi", "--model.name=wrn_10_2", "--method.released_semi.bank_decay_every=3",
+        "--method.released_semi.warmup_epochs=1", "--method.released_semi.bank_slots=2",
+        "--method.released_semi.threshold=0.15",
     ],
     "semi, sampling and moving averages": [
-        "--method.semi.bank_sampling=4", "--method.semi.class_weight_update=ema", "--method.semi.center=feature_ema",
-        "--method.semi.unlabeled_prior=joint", "--method.semi.bank_eviction=oldest",
+        "--method.semi.bank_sampling=4", "--method.semi.unlabeled_prior=joint", "--method.semi.bank_eviction=oldest",
     ],
     "fixmatch+la": ["--method.name=fixmatch", "--method.plugins=[la]"],
     "supervised+la": ["--method.name=supervised", "--method.plugins=[la]"],

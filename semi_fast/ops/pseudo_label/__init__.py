@@ -35,28 +35,24 @@ def pseudo_label(
     prototypes: Tensor,
     valid: Tensor,
     mixing: Tensor,
-    head_adjustment: Tensor,
     adjustment: Tensor,
     hardness_scale: Tensor,
     *,
     threshold: float,
     prototype_temperature: float,
-    temperature: float = 1.0,
-    by_predicted: bool = False,
     renormalize: bool = True,
-    mask_source: Literal["or", "linear", "mixed"] = "or",
+    mask_source: Literal["or", "linear"] = "or",
     entropy_source: Literal["mixed", "linear"] = "mixed",
     balanced_mask: Literal["or", "own_adjusted"] = "or",
 ) -> PseudoLabels:
     """Targets and masks of both heads for U unlabeled images; no gradient.
 
-    logits, balanced_logits: float [U, C] of the weak view; queries: float [U, D]; prototypes: float [C, D] with
-    valid: bool [C]; mixing: float [C], the weight of the prototypes' vote, 0 while it is off; head_adjustment and
-    adjustment: float [C], strength * log prior, taken off the logits for the labels of the standard and of the balanced
-    head; hardness_scale: float scalar tensor, 0 while the weighting is off (weight 1). `semi_fast.schema.semi` explains
-    the options. The mixed rows are normalised again (`renormalize`) except where nothing is mixed: there they stay as
-    they are, bit for bit. Equal probabilities: the lower class. Raises ValueError for a wrong shape, type, device or
-    option. Source: SeMi eq. 3, 8, 11.
+    logits, balanced_logits: float [U, C] of the weak view; queries: float [U, D]; prototypes: float [C, D] with valid:
+    bool [C]; mixing: float [C], the weight of the prototypes' vote, 0 while it is off; adjustment: float [C], strength
+    * log prior, taken off the logits for the labels of the balanced head; hardness_scale: float scalar tensor, 0 while
+    the weighting is off (weight 1). `semi_fast.schema.semi` explains the options. The mixed rows are normalised again
+    (`renormalize`) except where nothing is mixed: there they stay as they are, bit for bit. Equal probabilities: the
+    lower class. Raises ValueError for a wrong shape, type, device or option. Source: SeMi eq. 3, 8, 11.
     """
     device, floats = logits.device, FLOATS
     expect("logits", logits, (None, None), floats, device)
@@ -65,11 +61,11 @@ def pseudo_label(
     expect("queries", queries, (rows, None), floats, device)
     expect("prototypes", prototypes, (classes, queries.shape[1]), floats, device)
     expect("valid", valid, (classes,), (torch.bool,), device)
-    for name, tensor in (("mixing", mixing), ("head_adjustment", head_adjustment), ("adjustment", adjustment)):
+    for name, tensor in (("mixing", mixing), ("adjustment", adjustment)):
         expect(name, tensor, (classes,), floats, device)
     expect("hardness_scale", hardness_scale, (), floats, device)
     for name, value, known in (
-        ("mask_source", mask_source, ("or", "linear", "mixed")),
+        ("mask_source", mask_source, ("or", "linear")),
         ("entropy_source", entropy_source, ("mixed", "linear")),
         ("balanced_mask", balanced_mask, ("or", "own_adjusted")),
     ):
@@ -77,16 +73,14 @@ def pseudo_label(
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value}")
     if classes < 2:
         raise ValueError(f"logits must have at least 2 classes; got {classes}")
-    inputs = logits, balanced_logits, queries, prototypes, valid, mixing, head_adjustment, adjustment, hardness_scale
+    inputs = logits, balanced_logits, queries, prototypes, valid, mixing, adjustment, hardness_scale
     if has_kernel(device) and fits("pseudo_label", classes) and logits.dtype != torch.float64:
         from semi_fast.ops.pseudo_label import kernel
 
         found = kernel.pseudo_label(
             *(x.contiguous() for x in inputs),
             threshold,
-            temperature,
             prototype_temperature,
-            by_predicted,
             renormalize,
             mask_source,
             entropy_source,
@@ -96,9 +90,7 @@ def pseudo_label(
         found = reference.pseudo_label(
             *inputs,
             threshold=threshold,
-            temperature=temperature,
             prototype_temperature=prototype_temperature,
-            by_predicted=by_predicted,
             renormalize=renormalize,
             mask_source=mask_source,
             entropy_source=entropy_source,

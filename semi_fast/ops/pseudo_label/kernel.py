@@ -36,7 +36,6 @@ def pseudo_label_kernel(
     prototypes_ptr,  # [C, D]
     valid_ptr,  # [C]
     mixing_ptr,  # [C]
-    head_adjustment_ptr,  # [C]
     adjustment_ptr,  # [C]
     hardness_scale_ptr,  # scalar
     label_ptr,  # [U], as are the next five
@@ -50,13 +49,10 @@ def pseudo_label_kernel(
     classes,
     width,
     threshold,
-    temperature,
     prototype_temperature,
     log_classes,
-    BY_PREDICTED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    LINEAR_MASK: tl.constexpr,
-    MIXED_MASK: tl.constexpr,
+    OR_MIXED_MASK: tl.constexpr,
     MIXED_ENTROPY: tl.constexpr,
     OR_BALANCED: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -66,12 +62,11 @@ def pseudo_label_kernel(
     k = tl.arange(0, BLOCK_C)
     real = k < classes
     z = tl.load(logits_ptr + row * classes + k, mask=real, other=0.0).to(tl.float32)
-    head_adjustment = tl.load(head_adjustment_ptr + k, mask=real, other=0.0).to(tl.float32)
     adjustment = tl.load(adjustment_ptr + k, mask=real, other=0.0).to(tl.float32)
     valid = real & (tl.load(valid_ptr + k, mask=real, other=0) != 0)
     weight = tl.where(valid, tl.load(mixing_ptr + k, mask=real, other=0.0).to(tl.float32), 0.0)
-    probs = row_softmax((z - head_adjustment) / temperature, real)
-    linear_confidence, predicted = highest(probs, real)
+    probs = row_softmax(z, real)
+    linear_confidence, _ = highest(probs, real)
 
     squared = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for start in range(0, width, BLOCK_D):
@@ -85,8 +80,6 @@ def pseudo_label_kernel(
     any_valid = tl.sum(valid.to(tl.int32), 0) > 0
     vote = row_softmax(tl.where(any_valid, -tl.sqrt(squared) / prototype_temperature, 0.0), valid | ~any_valid)
     vote = tl.where(valid, vote, 0.0)
-    if BY_PREDICTED:
-        weight = tl.sum(tl.where(k == predicted, weight, 0.0), 0) + tl.zeros((BLOCK_C,), dtype=tl.float32)
     mixed = (1 - weight) * probs + weight * vote
     if RENORMALIZE:
         some = tl.sum((real & (weight > 0)).to(tl.int32), 0) > 0
@@ -94,9 +87,7 @@ def pseudo_label_kernel(
     tl.store(probs_ptr + row * classes + k, mixed, mask=real)
 
     confidence, label = highest(mixed, real)
-    linear_mask = linear_confidence >= threshold
-    mixed_mask = confidence >= threshold
-    mask = (linear_mask & LINEAR_MASK) | (mixed_mask & MIXED_MASK)
+    mask = (linear_confidence >= threshold) | ((confidence >= threshold) & OR_MIXED_MASK)
     p = mixed if MIXED_ENTROPY else probs
     p = tl.minimum(tl.maximum(p, 1e-8), 1.0 - 1e-8)
     entropy = -tl.sum(tl.where(real, p * tl.log(p), 0.0), 0) / log_classes
@@ -107,13 +98,13 @@ def pseudo_label_kernel(
     tl.store(hardness_ptr + row, 1 - scale + scale * entropy)
     tl.atomic_add(counts_ptr + label, 1, mask=mask)  # whole numbers: their order does not matter
 
-    adjusted_confidence, adjusted_label = highest(row_softmax((z - adjustment) / temperature, real), real)
+    adjusted_confidence, adjusted_label = highest(row_softmax(z - adjustment, real), real)
     own = tl.load(balanced_logits_ptr + row * classes + k, mask=real, other=0.0).to(tl.float32)
     if OR_BALANCED:
-        own_confidence, _ = highest(row_softmax(own / temperature, real), real)
+        own_confidence, _ = highest(row_softmax(own, real), real)
         adjusted_mask = (adjusted_confidence >= threshold) | (own_confidence >= threshold)
     else:
-        own_confidence, _ = highest(row_softmax((own - adjustment) / temperature, real), real)
+        own_confidence, _ = highest(row_softmax(own - adjustment, real), real)
         adjusted_mask = own_confidence >= threshold
     tl.store(adjusted_label_ptr + row, adjusted_label.to(tl.int64))
     tl.store(adjusted_mask_ptr + row, adjusted_mask)
@@ -134,13 +125,10 @@ def pseudo_label(
     prototypes: Tensor,
     valid: Tensor,
     mixing: Tensor,
-    head_adjustment: Tensor,
     adjustment: Tensor,
     hardness_scale: Tensor,
     threshold: float,
-    temperature: float,
     prototype_temperature: float,
-    by_predicted: bool,
     renormalize: bool,
     mask_source: str,
     entropy_source: str,
@@ -148,7 +136,7 @@ def pseudo_label(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `semi_fast.ops.pseudo_label.pseudo_label`; every tensor contiguous."""
     outputs = empty_outputs(logits)
-    inputs = logits, balanced_logits, queries, prototypes, valid, mixing, head_adjustment, adjustment, hardness_scale
+    inputs = logits, balanced_logits, queries, prototypes, valid, mixing, adjustment, hardness_scale
     rows, classes = logits.shape
     if rows:
         pseudo_label_kernel[(rows,)](
@@ -157,13 +145,10 @@ def pseudo_label(
             classes,
             queries.shape[1],
             threshold,
-            temperature,
             prototype_temperature,
             math.log(classes),
-            BY_PREDICTED=by_predicted,
             RENORMALIZE=renormalize,
-            LINEAR_MASK=mask_source != "mixed",
-            MIXED_MASK=mask_source != "linear",
+            OR_MIXED_MASK=mask_source == "or",
             MIXED_ENTROPY=entropy_source == "mixed",
             OR_BALANCED=balanced_mask == "or",
             **launch_options(classes, queries.shape[1]),

@@ -26,16 +26,14 @@ def prototype_probs(queries: Tensor, prototypes: Tensor, valid: Tensor, temperat
     return torch.where(valid, probs, 0.0)  # with no valid class the softmax is NaN and every entry is replaced
 
 
-def mix(probs: Tensor, vote: Tensor, weight: Tensor, *, by_predicted: bool, renormalize: bool) -> Tensor:
+def mix(probs: Tensor, vote: Tensor, weight: Tensor, *, renormalize: bool) -> Tensor:
     """The prediction with the prototypes' vote mixed in (eq. 8): [n, C]; where nothing is mixed, `probs` bit for bit.
 
-    weight: [C]. By column, class k takes weight[k] of its vote; by prediction, the whole row weight[argmax probs].
+    weight: [C]; class k takes weight[k] of its vote.
     """
-    weight = weight[probs.argmax(1)].unsqueeze(1) if by_predicted else weight.unsqueeze(0)
     mixed = (1 - weight) * probs + weight * vote
     if renormalize:
-        some = (weight > 0).any(1, keepdim=True)
-        mixed = torch.where(some, mixed / mixed.sum(1, keepdim=True), mixed)
+        mixed = torch.where((weight > 0).any(), mixed / mixed.sum(1, keepdim=True), mixed)
     return mixed
 
 
@@ -46,14 +44,11 @@ def pseudo_label(
     prototypes: Tensor,
     valid: Tensor,
     mixing: Tensor,
-    head_adjustment: Tensor,
     adjustment: Tensor,
     hardness_scale: Tensor,
     *,
     threshold: float,
-    temperature: float,
     prototype_temperature: float,
-    by_predicted: bool,
     renormalize: bool,
     mask_source: str,
     entropy_source: str,
@@ -62,20 +57,21 @@ def pseudo_label(
     """See `semi_fast.ops.pseudo_label.pseudo_label`; the fields of `PseudoLabels` in order."""
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits, balanced_logits, queries = (x.to(exact) for x in (logits, balanced_logits, queries))
-    probs = torch.softmax((logits - head_adjustment) / temperature, 1)
+    probs = torch.softmax(logits, 1)
     vote = prototype_probs(queries, prototypes.to(exact), valid, prototype_temperature)
     weight = torch.where(valid, mixing, 0.0)  # [C]
-    mixed = mix(probs, vote, weight, by_predicted=by_predicted, renormalize=renormalize)
+    mixed = mix(probs, vote, weight, renormalize=renormalize)
     confidence, label = mixed.max(1)
-    kept = {"linear": probs.amax(1) >= threshold, "mixed": confidence >= threshold}
-    mask = kept["linear"] | kept["mixed"] if mask_source == "or" else kept[mask_source]
+    mask = probs.amax(1) >= threshold
+    if mask_source == "or":
+        mask |= confidence >= threshold
 
-    adjusted_confidence, adjusted_label = torch.softmax((logits - adjustment) / temperature, 1).max(1)
+    adjusted_confidence, adjusted_label = torch.softmax(logits - adjustment, 1).max(1)
     if balanced_mask == "or":
-        own_confidence = torch.softmax(balanced_logits / temperature, 1).amax(1)
+        own_confidence = torch.softmax(balanced_logits, 1).amax(1)
         adjusted_mask = (adjusted_confidence >= threshold) | (own_confidence >= threshold)
     else:
-        adjusted_mask = torch.softmax((balanced_logits - adjustment) / temperature, 1).amax(1) >= threshold
+        adjusted_mask = torch.softmax(balanced_logits - adjustment, 1).amax(1) >= threshold
     classes = torch.arange(logits.shape[1], device=logits.device)
     return (
         label,
