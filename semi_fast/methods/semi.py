@@ -37,9 +37,7 @@ class SeMi:
         state = bank | {
             "adjustment": log_power(prior, o.adjustment).to(env.dtype),
             "label_counts": torch.zeros(classes, dtype=torch.int64, device=env.device),  # [C], since step 0
-            "label_share": torch.full(
-                (classes,), 1 / classes, dtype=env.dtype, device=env.device
-            ),  # m-tilde of eq. 8, [C]
+            "label_share": torch.full((classes,), 1 / classes, dtype=env.dtype, device=env.device),  # m-tilde, [C]
             "center": torch.zeros(env.features, dtype=env.dtype, device=env.device),  # q-bar of eq. 6, [D]
         }
         if o.unlabeled_prior == "joint":

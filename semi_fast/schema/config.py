@@ -98,7 +98,7 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield (
         not (c.method.plugins and c.method.name in ("semi", "released_semi")),
-        "method.plugins stack on supervised and fixmatch; SeMi has a balanced head of its own",
+        f"method.plugins stack on supervised and fixmatch; method.name is {c.method.name}, with its own balanced head",
     )
     yield (
         len(set(c.method.plugins)) == len(c.method.plugins),
@@ -116,10 +116,11 @@ def rules(config: Config) -> Iterator[tuple[bool, str]]:
         c.resume != "auto" or c.run_dir is not None,
         "resume auto needs run_dir, the run to go on with; got null: set run_dir, or --resume RUN",
     )
-    clock = {"epoch_steps": c.method.epoch_steps, "steps": c.optim.steps}
-    if c.method.name == "semi":
-        yield semi.warm_up_ends("semi", c.method.semi.warmup_epochs, **clock)
-        yield from semi.rules(c.method.semi)
-    if c.method.name == "released_semi":
-        yield semi.warm_up_ends("released_semi", c.method.released_semi.warmup_epochs, **clock)
-        yield from semi.released_rules(c.method.released_semi, unlabeled_ratio=c.batch.unlabeled_ratio, **clock)
+    if c.method.name in ("semi", "released_semi"):
+        yield from semi.rules(
+            c.method.name,
+            getattr(c.method, c.method.name),
+            unlabeled_ratio=c.batch.unlabeled_ratio,
+            epoch_steps=c.method.epoch_steps,
+            steps=c.optim.steps,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -147,38 +148,28 @@ REMOVED = {
 """Key of an earlier version -> what became of it."""
 
 
-def rules(semi: SemiConfig) -> list[tuple[bool, str]]:
-    """(holds, message) of what must hold between the options in a run of SeMi, each within its range."""
-    return [
-        (
-            semi.balanced_head or not semi.bank_sampling,
-            "method.semi.bank_sampling tops up the balanced head's batch; set method.semi.balanced_head, or 0",
-        ),
-    ]
-
-
-def released_rules(
-    released: ReleasedSemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: int
-) -> list[tuple[bool, str]]:
-    """The same of the released code."""
-    highest = released.mixing * ((steps - 1) // epoch_steps) / epoch_steps
-    return [
-        (
-            highest <= 1,
-            "method.name released_semi must not raise mixing above 1, as a share of it is mixed; "
-            f"got {highest:g} at the end: use a larger method.epoch_steps",
-        ),
-        (
-            unlabeled_ratio == 1,
-            f"method.name released_semi needs batch.unlabeled_ratio 1, as its code does; got {unlabeled_ratio}",
-        ),
-    ]
-
-
-def warm_up_ends(name: str, warmup_epochs: int, *, epoch_steps: int, steps: int) -> tuple[bool, str]:
-    """(holds, message): what follows the warm-up of the method `name` begins before the run ends."""
-    return (
-        warmup_epochs * epoch_steps < steps,
+def rules(
+    name: str, options: SemiConfig | ReleasedSemiConfig, *, unlabeled_ratio: int, epoch_steps: int, steps: int
+) -> Iterator[tuple[bool, str]]:
+    """(holds, message) of what must hold between the options in a run of the method `name`, each within its range."""
+    yield (
+        options.warmup_epochs * epoch_steps < steps,
         f"method.{name}.warmup_epochs * method.epoch_steps must be below optim.steps; got "
-        f"{warmup_epochs} * {epoch_steps} and {steps}",
+        f"{options.warmup_epochs} * {epoch_steps} and {steps}",
+    )
+    if isinstance(options, SemiConfig):
+        yield (
+            options.balanced_head or not options.bank_sampling,
+            "method.semi.bank_sampling tops up the balanced head's batch; set method.semi.balanced_head, or 0",
+        )
+        return
+    highest = options.mixing * ((steps - 1) // epoch_steps) / epoch_steps
+    yield (
+        highest <= 1,
+        "method.name released_semi must not raise mixing above 1, as a share of it is mixed; "
+        f"got {highest:g} at the end: use a larger method.epoch_steps",
+    )
+    yield (
+        unlabeled_ratio == 1,
+        f"method.name released_semi needs batch.unlabeled_ratio 1, as its code does; got {unlabeled_ratio}",
     )
