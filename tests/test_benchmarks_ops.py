@@ -95,7 +95,7 @@ def test_the_plain_labels_and_losses_are_those_of_the_operations() -> None:
     bank = semi_step.LoopBank(torch.randn(5, 4, 8, generator=generator), torch.ones(5, 4))
     centers, mixing = semi_step.prototypes(bank), torch.full((5,), 0.3)
     plain = semi_step.pseudo_labels(logits, balanced_logits, queries, centers, mixing, adjustment.double())
-    inputs = logits, balanced_logits, queries, centers, torch.ones(5).bool(), mixing, torch.zeros(5), adjustment
+    inputs = logits, balanced_logits, queries, centers, torch.ones(5).bool(), mixing, adjustment
     options = {"threshold": 0.7, "prototype_temperature": 0.1, "renormalize": False}
     ours = pseudo_label(*inputs, torch.tensor(0.75), **options)
     for theirs, field in zip(plain, ours, strict=False):

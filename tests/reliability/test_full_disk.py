@@ -19,7 +19,7 @@ import pytest
 from semi_fast import disk, train
 from semi_fast.prepared import manifest
 from semi_fast.rundir.checkpoint import TENSORS, newest, published
-from semi_fast.rundir.directory import locked
+from semi_fast.rundir.directory import locked_run
 from semi_fast.rundir.runlog import MetricsFile
 from semi_fast.train import guarded, run
 from tests.test_engine import records
@@ -169,7 +169,7 @@ def test_the_lock_is_named_too(tmp_path: Path) -> None:
 
     def child() -> None:
         try:
-            with largest_file(0), locked(tmp_path / "run", "none", None):
+            with largest_file(0), locked_run(tmp_path / "run", "none", None):
                 raise AssertionError("nothing may be done without it")
         except RuntimeError as error:
             print(error)
