@@ -158,7 +158,8 @@ class Program:
 
     def check_finite(self) -> None:
         """Raise NonFiniteError on all processes if any has met one. Waits for the device."""
-        bad = int(processes.least_in_place(self.train_step.state.bad_step.clone()).item())
+        least = processes.least_in_place(self.train_step.state.bad_step.clone())
+        bad = int(least.item())  # a wait between steps, where the loop evaluates, logs or saves
         if bad != NEVER:
             raise NonFiniteError(bad, [int(i) for draw in self.batches.whole(bad) for i in draw.ids])
 
